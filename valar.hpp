@@ -2162,6 +2162,13 @@ struct ToolChoice {
 /// What a model that can think may: none; 64, 256, 1024, 4096, 16384 tokens of it.
 enum class Effort : uint8_t { none, minimal, low, medium, high, xhigh };
 
+/// A prompt as it is, which no chat template makes a conversation of: these tokens or, without any,
+/// the text of the input. `suffix`: what comes after the answer, for models that can fill in.
+struct RawPrompt {
+    std::vector<int32_t> tokens = {};
+    std::string suffix = {};
+};
+
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
 /// names. What is absent takes the model's own default. Designated initialisers follow this order.
 struct Request {
@@ -2199,7 +2206,8 @@ struct Request {
     std::optional<uint32_t> max_tool_calls = {};  ///< 1 or more
     std::optional<Effort> effort = {};            ///< none: as the model has it
     bool prompt_progress = false;                 ///< tell how far the prompt is read
-    std::string conversation = {};  ///< of the server: its items come first, these are added
+    std::string conversation = {};      ///< of the server: its items come first, these are added
+    std::optional<RawPrompt> raw = {};  ///< in place of what a chat template would make
 };
 
 /// How far a response is. It never moves back.
@@ -8213,6 +8221,7 @@ struct ResponseRecord {
     double top_p = 1;
     int64_t seed = 0;
     uint32_t input_tokens = 0;                    ///< of the prompt; not kept
+    Json raw = {};                                ///< of a prompt past the template
     std::string conversation_last = {};           ///< the item of it before the request's own
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
@@ -8454,6 +8463,7 @@ public:
     /// Leaves out the events up to this one, but never the last.
     virtual void skip_to(uint64_t /*sequence_number*/) {}
 
+    void set_echo(std::string text) { echo_ = std::move(text); }
     size_t size() const { return text_.size(); }
     std::string take() { return std::exchange(text_, {}); }
 
@@ -8465,7 +8475,7 @@ protected:
     /// Those of an item, taken.
     std::vector<TokenLogprob> tokens_of(size_t item);
 
-    std::string text_;
+    std::string text_, echo_;
 
 private:
     std::vector<TokenLogprob> waiting_;
@@ -8529,7 +8539,10 @@ struct SurfaceBody {
     Dialect dialect = Dialect::valar;
     Json body = Json::object();
     bool stream = false;
-    bool include_usage = false;             ///< an event of its own at the end of a stream
+    bool include_usage = false;  ///< an event of its own at the end of a stream
+    Json raw = {};               ///< of a prompt past the template: see raw_prompt
+    bool echoes = false;
+    std::string echo = {};                  ///< what stands before the answer, if it echoes
     std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
     std::vector<std::pair<std::string, std::string>> renamed = {};  ///< fields: name here, as given
 
@@ -8566,6 +8579,7 @@ struct Surface {
     std::span<const SurfaceField> fields;  ///< others are ignored
     std::span<const std::string_view> refused = {};
     std::span<const std::string_view> required = {};
+    Fault (*check)(SurfaceBody* out) = nullptr;  ///< rules across fields
     /// The end of the place of an error, below `field` of a body of /v1/responses, as the client
     /// wrote it. `value`: of that field; of arrays (input, tools) the element.
     std::string (*rest)(std::string_view field, const Json& value, const std::string& rest);
@@ -8584,14 +8598,18 @@ Error surface_error(const Surface& surface, Error error, const SurfaceBody& read
 /// Of a response that has no answer.
 Error surface_failure(const Outcome& outcome);
 
-extern const Surface chat_surface, messages_surface;
+extern const Surface chat_surface, completions_surface, messages_surface;
 extern const Surface messages_count_surface;  ///< of which only the prompt's tokens are wanted
+
+/// {"tokens": [...], "suffix": "..."}, each of them if it is there.
+RawPrompt raw_prompt(const Json& raw);
 
 /// How the answer to a request is to look.
 struct AnswerForm {
     const Surface* surface = nullptr;  ///< null: POST /v1/responses, as GET shows it
     bool stream = false;
     bool include_usage = false;
+    std::string echo = {};
     uint64_t after = UINT64_MAX;  ///< of a stream, the last event that is known; UINT64_MAX: none
 };
 std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,
@@ -9878,7 +9896,7 @@ Fault check_tools(const Request& request) {
 }
 
 Fault check_rules(const Request& request) {
-    if (request.input.empty())
+    if (request.input.empty() && !request.raw)
         return api_error("missing_required_parameter", "input", "input: missing or empty");
     if (Fault fault = check_ranges(request)) return fault;
     if (Fault fault = check_stops(request.stop)) return fault;
@@ -10644,13 +10662,33 @@ Outcome outcome_of(const Json& object) {
 
 std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,
                                           Dialect dialect) {
-    if (form.surface) return form.surface->events(record, form.include_usage, dialect);
+    if (form.surface) {
+        auto events = form.surface->events(record, form.include_usage, dialect);
+        events->set_echo(form.echo);
+        return events;
+    }
     return std::make_unique<ResponseEvents>(record.id, record.message_id, words_of(dialect));
 }
 
+namespace {
+
+Result<std::string> render_whole(const AnswerForm& form, const std::string& object,
+                                 Dialect dialect) {
+    if (!form.surface) return object;
+    auto text = form.surface->render(object, dialect);
+    if (!text || form.echo.empty()) return text;
+    auto answer = Json::parse(*text);
+    if (!answer) return answer.error();
+    Json& choice = answer->find("choices")->items().front();
+    choice.set("text", form.echo + std::string(choice["text"].as_string()));
+    return answer->write();
+}
+
+}  // namespace
+
 Result<std::string> render_answer(const AnswerForm& form, const std::string& object,
                                   Dialect dialect) {
-    if (!form.stream) return form.surface ? form.surface->render(object, dialect) : object;
+    if (!form.stream) return render_whole(form, object, dialect);
     auto parsed = Json::parse(object);
     if (!parsed) return parsed.error();
     Json& shown = *parsed;
@@ -10710,8 +10748,8 @@ Json doc_surface_stream(Dialect) {
 }
 
 Json doc_surface_stream_options(Dialect) {
-    return doc_object(0, {{"include_usage", doc_type("boolean")},
-                          {"prompt_progress", doc_type("boolean")}});
+    return doc_object(
+        0, {{"include_usage", doc_type("boolean")}, {"prompt_progress", doc_type("boolean")}});
 }
 
 Json doc_request(const Surface& surface, Dialect dialect) {
@@ -10772,6 +10810,7 @@ Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Diale
         if (body[name].is_null()) return api_missing(std::string(name));
     for (const JsonMember& member : body.members())
         if (Fault fault = surface_field(surface, member, &out)) return std::move(*fault);
+    if (Fault fault = surface.check ? surface.check(&out) : Fault()) return std::move(*fault);
     return out;
 }
 
@@ -12306,6 +12345,280 @@ const Surface messages_count_surface = {
     .error = messages_error,
     .request_id = "request-id",
 };
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/completions.cpp -------------------------------------------------------------------
+
+// Legacy completions: a prompt goes past the chat template, what follows comes back. Editors use it.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- The request -------------------------------------------------------------------------------
+
+RawPrompt raw_prompt(const Json& raw) {
+    RawPrompt prompt;
+    for (const Json& token : raw["tokens"].items())
+        prompt.tokens.push_back(static_cast<int32_t>(token.as_int()));
+    prompt.suffix = raw["suffix"].as_string();
+    return prompt;
+}
+
+namespace {
+
+Json& raw_of(SurfaceBody* out) {
+    if (out->raw.is_null()) out->raw = Json::object();
+    return out->raw;
+}
+
+Fault completion_tokens(const Json& value, SurfaceBody* out) {
+    for (size_t i = 0; i < value.size(); ++i)
+        if (!value[i].is_int() || value[i].as_int() < 0 || value[i].as_int() > INT32_MAX)
+            return api_wrong_type(api_index("prompt", i), "a token id", value[i]);
+    raw_of(out).set("tokens", value);
+    return {};
+}
+
+/// A text; tokens; or an array of one of these. It stands in the response as a user's message.
+Fault completion_prompt(const Json& value, SurfaceBody* out) {
+    const bool nested = value.is_array() && value.size() > 0 && !value[0].is_number();
+    if (nested && value.size() > 1)
+        return api_error("unsupported_value", "prompt",
+                         "'prompt' has more than one prompt: one a request");
+    const Json& one = nested ? value[0] : value;
+    const bool tokens = one.is_array() && !one.empty();
+    if (!one.is_string() && !tokens)
+        return api_wrong_type("prompt", "a string or an array of token ids", one);
+    raw_of(out);
+    if (Fault fault = tokens ? completion_tokens(one, out) : Fault()) return fault;
+    const Json message =
+        Json::object().set("role", "user").set("content", tokens ? Json(one.write()) : one);
+    out->body.set("input", Json::array().push(message));
+    out->origins = {"prompt"};
+    return {};
+}
+
+Json doc_completion_prompt(Dialect) {
+    const Json text = doc_type("string"),
+               tokens = doc_array(doc_type("integer").set("minimum", 0).set("maximum", INT32_MAX),
+                                  1);
+    return doc_any({text, tokens, doc_array(text, 1, 1), doc_array(tokens, 1, 1)});
+}
+
+Fault completion_suffix(const Json& value, SurfaceBody* out) {
+    if (!value.is_string()) return api_wrong_type("suffix", "a string", value);
+    raw_of(out).set("suffix", value);
+    return {};
+}
+
+Fault completion_one(const Json& value, SurfaceBody*) {
+    if (value.is_int() && value.as_int() == 1) return {};
+    return api_error("unsupported_value", "n", "'n' and 'best_of' must be 1: one choice a request");
+}
+
+Json doc_completion_text(Dialect) { return doc_type("string"); }
+Json doc_completion_one(Dialect) { return doc_type("integer").set("minimum", 1).set("maximum", 1); }
+Json doc_completion_echo(Dialect) { return doc_type("boolean"); }
+
+Fault completion_echo(const Json& value, SurfaceBody* out) {
+    out->echoes = value.as_bool();
+    return check_bool(value, "echo");
+}
+
+Fault completion_logprobs(const Json& value, SurfaceBody* out) {
+    out->body.set("include", Json::array().push("message.output_text.logprobs"));
+    out->body.set("top_logprobs", value);
+    return {};
+}
+
+/// The limit where a request names none, as OpenAI has it; and what the fields are not together.
+Fault completion_check(SurfaceBody* out) {
+    if (out->body["max_output_tokens"].is_null()) out->body.set("max_output_tokens", 16);
+    if (!out->echoes) return {};
+    const bool text = out->raw["tokens"].is_null();
+    if (!text || !out->body["include"].is_null() || !out->raw["suffix"].is_null())
+        return api_error("unsupported_value", "echo",
+                         "'echo' is supported for a text alone: without tokens, suffix, logprobs");
+    out->echo = out->body["input"][0]["content"].as_string();
+    return {};
+}
+
+constexpr SurfaceField completion_fields[] = {
+    // clang-format off
+    {"model", "model"},
+    {"prompt", "input", completion_prompt, false, doc_completion_prompt},
+    {"suffix", {}, completion_suffix, false, doc_completion_text},
+    {"max_tokens", "max_output_tokens"},
+    {"temperature", "temperature"},
+    {"top_p", "top_p"},
+    {"n", {}, completion_one, false, doc_completion_one},
+    {"best_of", {}, completion_one, false, doc_completion_one},
+    {"echo", {}, completion_echo, false, doc_completion_echo},
+    {"stream", {}, surface_stream, false, doc_surface_stream},
+    {"stream_options", {}, surface_stream_options, false, doc_surface_stream_options},
+    {"logprobs", "top_logprobs", completion_logprobs},
+    {"stop", "stop", surface_stop},
+    {"seed", "seed"},
+    {"presence_penalty", "presence_penalty"},
+    {"frequency_penalty", "frequency_penalty"},
+    {"repetition_penalty", "repetition_penalty"},
+    {"logit_bias", "logit_bias"},
+    {"top_k", "top_k"},
+    {"min_p", "min_p"},
+    {"user", "user"},
+    {"store", "store"},
+    {"metadata", "metadata"},
+    {"prompt_cache_key", "prompt_cache_key"},
+    // clang-format on
+};
+constexpr std::string_view completion_required[] = {"model", "prompt"};
+
+/// A prompt is one field here.
+std::string completion_rest(std::string_view field, const Json&, const std::string& rest) {
+    return field == "input" ? std::string() : rest;
+}
+
+// ---- The answer --------------------------------------------------------------------------------
+
+Json completion_head(const Json& id, const Json& created, const Json& model) {
+    return Json::object()
+        .set("id", derive_id("cmpl_", std::string(id.as_string())))
+        .set("object", "text_completion")
+        .set("created", created)
+        .set("model", model);
+}
+
+Json completion_choice(std::string_view text, Json logprobs, Json finish_reason) {
+    return Json::array().push(Json::object()
+                                  .set("text", text)
+                                  .set("index", 0)
+                                  .set("logprobs", std::move(logprobs))
+                                  .set("finish_reason", std::move(finish_reason)));
+}
+
+const char* completion_finish(const Outcome& outcome) { return outcome.cut ? "length" : "stop"; }
+
+/// Of tokens as /v1/responses has them. `offset`: code points before the first; it is moved on.
+Json legacy_logprobs(const Json& given, size_t* offset) {
+    Json tokens = Json::array(), logprobs = Json::array(), top = Json::array(),
+         offsets = Json::array();
+    for (const Json& one : given.items()) {
+        Json others = Json::object();
+        for (const Json& other : one["top_logprobs"].items())
+            others.set(other["token"].as_string(), other["logprob"]);
+        tokens.push(one["token"]);
+        logprobs.push(one["logprob"]);
+        top.push(std::move(others));
+        offsets.push(static_cast<int64_t>(*offset));
+        *offset += utf8_count(one["token"].as_string());
+    }
+    return Json::object()
+        .set("text_offset", std::move(offsets))
+        .set("token_logprobs", std::move(logprobs))
+        .set("tokens", std::move(tokens))
+        .set("top_logprobs", std::move(top));
+}
+
+Json completion_usage(const Usage& usage) {
+    return Json::object()
+        .set("prompt_tokens", usage.input_tokens)
+        .set("completion_tokens", usage.output_tokens)
+        .set("total_tokens", usage.input_tokens + usage.output_tokens)
+        .set("prompt_tokens_details", Json::object().set("cached_tokens", usage.cached_tokens));
+}
+
+Result<std::string> completion_render(const std::string& object, Dialect) {
+    auto parsed = Json::parse(object);
+    if (!parsed) return parsed.error();
+    const Json& response = *parsed;
+    const Outcome outcome = outcome_of(response);
+    if (outcome.status != Status::completed) return surface_failure(outcome);
+    std::string text;
+    for (const Item& item : outcome.items) text += item.text();
+    size_t offset = 0;
+    const Json& tokens = response["output"][0]["content"][0]["logprobs"];
+    Json logprobs = tokens.is_null() ? Json() : legacy_logprobs(tokens, &offset);
+    return completion_head(response["id"], response["created_at"], response["model"])
+        .set("choices", completion_choice(text, std::move(logprobs), completion_finish(outcome)))
+        .set("usage", completion_usage(outcome.usage))
+        .write();
+}
+
+class CompletionEvents : public EventWriter {
+public:
+    CompletionEvents(const ResponseRecord& record, bool include_usage)
+        : head_(completion_head(record.id, record.created_at, record.model)),
+          include_usage_(include_usage) {}
+
+    void begin(const Json&) override {
+        if (!echo_.empty()) add_text(echo_, {});
+    }
+    void add(const Event& event) override;
+    void end(const Outcome& outcome, const std::string& object) override;
+    void fail(const Error& error, bool = false) override { write(render_error(error)); }
+
+private:
+    void write(const Json& chunk) { text_.append("data: ").append(chunk.write()).append("\n\n"); }
+    void write_chunk(const char* key, Json value) {
+        Json chunk = head_;
+        if (std::string_view(key) != "choices") chunk.set("choices", Json::array());
+        chunk.set(key, std::move(value));
+        if (include_usage_ && !chunk.contains("usage")) chunk.set("usage", nullptr);
+        write(chunk);
+    }
+    void add_text(std::string_view text, const std::vector<TokenLogprob>& tokens) {
+        if (text.empty() && tokens.empty()) return;
+        Json logprobs = tokens.empty() ? Json()
+                                       : legacy_logprobs(render_logprobs(tokens), &offset_);
+        write_chunk("choices", completion_choice(text, std::move(logprobs), nullptr));
+    }
+
+    Json head_;
+    bool include_usage_;
+    size_t told_ = 0, offset_ = 0;  // bytes of the answer; code points of its tokens
+};
+
+void CompletionEvents::add(const Event& event) {
+    if (event.kind == Event::Kind::prompt_progress)
+        return write_chunk("prompt_progress", render_progress(event.progress));
+    keep_tokens(event.logprobs);
+    if (event.kind != Event::Kind::text_delta) return;
+    told_ += event.text.size();
+    add_text(event.text, tokens_of(event.index));
+}
+
+void CompletionEvents::end(const Outcome& outcome, const std::string&) {
+    if (outcome.status != Status::completed) return fail(surface_failure(outcome));
+    std::string text;
+    for (const Item& item : output_items(outcome, outcome.status)) text += item.text();
+    const bool told = told_ > 0;
+    text.erase(0, std::min(told_, text.size()));
+    add_text(text, told ? tokens_of(0) : logprobs_of(outcome, 0));
+    write_chunk("choices", completion_choice("", nullptr, completion_finish(outcome)));
+    if (include_usage_) write_chunk("usage", completion_usage(outcome.usage));
+    text_ += "data: [DONE]\n\n";
+}
+
+std::unique_ptr<EventWriter> completion_events(const ResponseRecord& record, bool include_usage,
+                                               Dialect) {
+    return std::make_unique<CompletionEvents>(record, include_usage);
+}
+
+}  // namespace
+
+const Surface completions_surface = {.name = "Completion",
+                                     .path = "/v1/completions",
+                                     .fields = completion_fields,
+                                     .required = completion_required,
+                                     .check = completion_check,
+                                     .rest = completion_rest,
+                                     .render = completion_render,
+                                     .events = completion_events,
+                                     .timeout_status = 408};
 
 }  // namespace detail
 }  // namespace v1
@@ -20904,6 +21217,8 @@ public:
 
 /// Of a model without marks: all text is one message.
 std::unique_ptr<OutputParser> plain_output();
+/// Likewise of a prompt that no template made: control tokens end the answer.
+std::unique_ptr<OutputParser> raw_output();
 
 }  // namespace detail
 }  // namespace v1
@@ -27846,6 +28161,7 @@ namespace {
 
 class PlainOutput final : public OutputParser {
 public:
+    explicit PlainOutput(bool ends_at_marks) : ends_at_marks_(ends_at_marks) {}
     void text(std::string_view more, OutputSink& out) override {
         if (more.empty()) return;
         if (!begun_) out.begin_item(Item::Kind::message);
@@ -27854,19 +28170,20 @@ public:
     }
     bool mark(const OutputMark& mark, OutputSink& out) override {
         if (mark.is_text && !mark.ends) text(mark.spelling, out);
-        return mark.ends;
+        return mark.ends || (ends_at_marks_ && !mark.is_text);
     }
     void finish(bool, OutputSink& out) override {
         if (begun_) out.end_item();
     }
 
 private:
-    bool begun_ = false;
+    bool ends_at_marks_, begun_ = false;
 };
 
 }  // namespace
 
-std::unique_ptr<OutputParser> plain_output() { return std::make_unique<PlainOutput>(); }
+std::unique_ptr<OutputParser> plain_output() { return std::make_unique<PlainOutput>(false); }
+std::unique_ptr<OutputParser> raw_output() { return std::make_unique<PlainOutput>(true); }
 
 std::unique_ptr<OutputParser> answer_parser(std::shared_ptr<const AnswerSyntax> syntax,
                                             AnswerParserOptions options) {
@@ -40886,6 +41203,8 @@ private:
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
     Result<MarkedText> render(const Request& request) const;
     Result<std::vector<Token>> encode(const MarkedText& text) const;
+    Result<std::vector<Token>> encode_raw(const Request& request) const;
+    Result<std::vector<Token>> encode_gap(std::string_view prefix, std::string_view suffix) const;
     void skip_thought(const Request& request, MarkedText* text) const;
     Result<void> limit_thought(const Request& request, PreparedPrompt* out) const;
     Result<void> hold_answer(const Request& request, ThoughtState thought,
@@ -40960,9 +41279,9 @@ Error refuse_field(const char* param, std::string message, const char* code) {
 
 Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view salt) const {
     if (auto checked = check(request); !checked) return checked.error();
-    auto text = render(request);
+    auto text = request.raw ? Result(MarkedText()) : render(request);
     if (!text) return text.error();
-    auto tokens = encode(*text);
+    auto tokens = request.raw ? encode_raw(request) : encode(*text);
     if (!tokens) return tokens.error();
     if (auto checked = check_length(tokens->size()); !checked) return checked.error();
     auto seed = request.seed ? Result<int64_t>(*request.seed) : draw_seed();
@@ -40978,9 +41297,13 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->top_logprobs = request.top_logprobs;
     out->progress = request.prompt_progress;
     out->stop = request.stop;
-    const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
-    if (auto limited = limit_thought(request, out.get()); !limited) return limited.error();
-    if (auto held = hold_answer(request, thought, out.get()); !held) return held.error();
+    if (request.raw) {
+        out->parser = raw_output();
+    } else {
+        const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
+        if (auto limited = limit_thought(request, out.get()); !limited) return limited.error();
+        if (auto held = hold_answer(request, thought, out.get()); !held) return held.error();
+    }
     out->organisation = request.organisation;
     out->window = request.window;
     resolve_sampling(request, &out->sampling);
@@ -41121,6 +41444,7 @@ Result<PromptPtr> PromptMaker::take_back(std::unique_ptr<Prepared> prepared) con
 }
 
 Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
+    if (request.raw) return encode_raw(request);
     auto text = render(request);
     if (!text) return text.error();
     return encode(*text);
@@ -41140,6 +41464,80 @@ Result<MarkedText> PromptMaker::render(const Request& request) const {
                             "context_length_exceeded");
     if (text) skip_thought(request, &*text);
     return text;
+}
+
+namespace {
+
+/// How families mark a gap to be filled in: prefix, suffix, then what comes between them.
+struct GapMarks {
+    std::string_view prefix, suffix, middle;
+};
+constexpr GapMarks gap_marks[] = {
+    {"<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"},           // Qwen2.5-Coder, CodeGemma
+    {"<fim_prefix>", "<fim_suffix>", "<fim_middle>"},                 // StarCoder, Granite
+    {"<fim-prefix>", "<fim-suffix>", "<fim-middle>"},                 // SantaCoder, Refact
+    {"<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"},        // GLM
+    {"\xe2\x96\x81<PRE>", "\xe2\x96\x81<SUF>", "\xe2\x96\x81<MID>"},  // CodeLlama
+    {"<\xef\xbd\x9c"
+     "fim\xe2\x96\x81"
+     "begin\xef\xbd\x9c>",
+     "<\xef\xbd\x9c"
+     "fim\xe2\x96\x81hole\xef\xbd\x9c>",
+     "<\xef\xbd\x9c"
+     "fim\xe2\x96\x81"
+     "end\xef\xbd\x9c>"},  // DeepSeek-Coder
+};
+
+}  // namespace
+
+// The prompt of a request that has no use for a template. It is wholly its sender's, and may spell
+// the model's marks; but what stands around a gap is any text.
+Result<std::vector<Token>> PromptMaker::encode_raw(const Request& request) const {
+    const RawPrompt& raw = *request.raw;
+    const Tokenizer& tokenizer = model_.tokenizer();
+    std::vector<Token> tokens = raw.tokens;
+    for (const Token token : tokens)
+        if (token < 0 || static_cast<uint32_t>(token) >= model_.spec().n_vocab)
+            return refuse_field("prompt", format("prompt: there is no token %d", token));
+    std::string text = request.input.text;
+    for (const Item& item : request.input.items) text += item.text();
+    if (tokens.empty() && !raw.suffix.empty()) return encode_gap(text, raw.suffix);
+    if (!raw.suffix.empty())
+        return refuse_field("suffix", "suffix: not together with a prompt of tokens");
+    if (!tokens.empty()) return tokens;
+    auto read = tokenizer.encode(MarkedText{std::move(text), {}}, tokenizer.add_bos());
+    if (read && read->empty()) {
+        if (!tokenizer.bos()) return refuse_field("input", "the prompt is empty");
+        read->push_back(*tokenizer.bos());
+    }
+    return read;
+}
+
+Result<std::vector<Token>> PromptMaker::encode_gap(std::string_view prefix,
+                                                   std::string_view suffix) const {
+    const Tokenizer& tokenizer = model_.tokenizer();
+    const auto mark = [&](std::string_view spelling) -> std::optional<Token> {
+        const auto token = tokenizer.find(spelling);
+        const bool special = token && tokenizer.kind(*token) != TokenKind::normal;
+        return special ? token : std::nullopt;
+    };
+    for (const GapMarks& row : gap_marks) {
+        const auto first = mark(row.prefix), second = mark(row.suffix), third = mark(row.middle);
+        if (!first || !second || !third) continue;
+        auto before = tokenizer.encode(prefix), after = tokenizer.encode(suffix);
+        if (!before || !after) return before ? after.error() : before.error();
+        std::vector<Token> tokens;
+        if (tokenizer.add_bos() && tokenizer.bos()) tokens.push_back(*tokenizer.bos());
+        tokens.push_back(*first);
+        tokens.insert(tokens.end(), before->begin(), before->end());
+        tokens.push_back(*second);
+        tokens.insert(tokens.end(), after->begin(), after->end());
+        tokens.push_back(*third);
+        return tokens;
+    }
+    return refuse_field("suffix",
+                        "suffix: the model '" + model_.info().id + "' has no marks to fill in",
+                        "unsupported_value");
 }
 
 Result<std::vector<Token>> PromptMaker::encode(const MarkedText& text) const {
@@ -47738,6 +48136,7 @@ struct ServerLoop : HttpHandler {
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
         std::unique_ptr<Stream> stream = {};        // when it was asked for as one
         const Surface* surface = nullptr;
+        std::string echo = {};  // of that
     };
 
     struct Job;
@@ -47769,6 +48168,7 @@ struct ServerLoop : HttpHandler {
         AnswerForm form = {};
         std::unique_ptr<EventWriter> events = {};  // of a stream
         std::string conversation_last = {};
+        Json raw = {};
     };
 
     struct FinishJob : Job {
@@ -48883,6 +49283,15 @@ const ServerLoop::Route ServerLoop::routes[] = {
     {.path = "/v1/responses/input_tokens",
      .post = {&Loop::post_count, "countInputTokens", "How many tokens a prompt has.",
               "InputTokens"}},
+    {.path = "/v1/completions",
+     .post = {&Loop::post_response,
+              "createCompletion",
+              "Goes on with a prompt.",
+              "Completion",
+              {},
+              true},
+     .openai = true,
+     .surface = &completions_surface},
     {.path = "/v1/responses/",
      .suffix = "/cancel",
      .post = {&Loop::post_cancel,
@@ -49164,6 +49573,7 @@ namespace {
 std::string server_head(const ResponseRecord& record) {
     Json head = Json::object();
     if (!record.conversation_last.empty()) head.set("conversation_last", record.conversation_last);
+    if (!record.raw.is_null()) head.set("raw", record.raw);
     return head.set("message_id", record.message_id)
         .set("created_at", record.created_at)
         .set("model", record.model)
@@ -49193,6 +49603,7 @@ ResponseRecord server_record(const StoredResponse& stored, Status status) {
     record.top_p = known["top_p"].as_double();
     record.seed = known["seed"].as_int();
     record.conversation_last = known["conversation_last"].as_string();
+    record.raw = known["raw"];
     record.status = status;
     if (request) record.request = std::move(*request);
     return record;
@@ -49320,8 +49731,10 @@ Result<Request> ServerLoop::read_request(const Json& body, AnswerForm* form,
     *read = std::move(*given);
     form->stream = read->stream;
     form->include_usage = read->include_usage;
+    form->echo = read->echo;
     auto request = parse_response_request(read->body, options.dialect);
     if (!request) return surface_error(*form->surface, request.error(), *read);
+    if (!read->raw.is_null()) request->raw = raw_prompt(read->raw);
     return request;
 }
 
@@ -49357,6 +49770,7 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     if (!prepared)
         return surface ? surface_error(*surface, prepared.error(), read) : prepared.error();
     job.prepared = std::move(*prepared);
+    job.raw = read.raw;
     if (surface) job.body = read.body.write();
     return make_record(job, *request);
 }
@@ -49411,6 +49825,7 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     record.seed = job.prepared->seed;
     record.input_tokens = job.prepared->input_tokens;
     record.conversation_last = job.conversation_last;
+    record.raw = job.raw;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
@@ -49451,6 +49866,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     entry.resumable = stored.background || !stored.reservation.empty();
     entry.responder = job->responder;
     entry.surface = job->form.surface;
+    entry.echo = job->form.echo;
     if (!entry.resumable) entry.owner = exchange->number;
     ++queued;
     exchange->response_id = stored.id;
@@ -49594,6 +50010,7 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     if (entry.unkept) job->stored = *entry.unkept;
     job->store = !entry.unkept;
     job->form.surface = entry.surface;
+    job->form.echo = entry.echo;
     if (outcome->status == Status::failed)
         note_trouble("response",
                      outcome->error.value_or(make_error(ErrorKind::internal, "no reason given")),
@@ -49794,6 +50211,7 @@ void ServerLoop::recover_work(RecoverJob& job) {
         record.request.set("seed", record.seed);
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
+        if (!record.raw.is_null()) request->raw = raw_prompt(record.raw);
         auto prepared = this->prepare(record.organisation, std::move(record.request), &*request,
                                       &job.responder, &record.conversation_last);
         if (!prepared) return prepared.error();

@@ -1227,7 +1227,7 @@ Fault check_tools(const Request& request) {
 }
 
 Fault check_rules(const Request& request) {
-    if (request.input.empty())
+    if (request.input.empty() && !request.raw)
         return api_error("missing_required_parameter", "input", "input: missing or empty");
     if (Fault fault = check_ranges(request)) return fault;
     if (Fault fault = check_stops(request.stop)) return fault;

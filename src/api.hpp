@@ -101,6 +101,13 @@ struct ToolChoice {
 /// What a model that can think may: none; 64, 256, 1024, 4096, 16384 tokens of it.
 enum class Effort : uint8_t { none, minimal, low, medium, high, xhigh };
 
+/// A prompt as it is, which no chat template makes a conversation of: these tokens or, without any,
+/// the text of the input. `suffix`: what comes after the answer, for models that can fill in.
+struct RawPrompt {
+    std::vector<int32_t> tokens = {};
+    std::string suffix = {};
+};
+
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
 /// names. What is absent takes the model's own default. Designated initialisers follow this order.
 struct Request {
@@ -138,7 +145,8 @@ struct Request {
     std::optional<uint32_t> max_tool_calls = {};  ///< 1 or more
     std::optional<Effort> effort = {};            ///< none: as the model has it
     bool prompt_progress = false;                 ///< tell how far the prompt is read
-    std::string conversation = {};  ///< of the server: its items come first, these are added
+    std::string conversation = {};      ///< of the server: its items come first, these are added
+    std::optional<RawPrompt> raw = {};  ///< in place of what a chat template would make
 };
 
 /// How far a response is. It never moves back.

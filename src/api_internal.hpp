@@ -33,6 +33,7 @@ struct ResponseRecord {
     double top_p = 1;
     int64_t seed = 0;
     uint32_t input_tokens = 0;                    ///< of the prompt; not kept
+    Json raw = {};                                ///< of a prompt past the template
     std::string conversation_last = {};           ///< the item of it before the request's own
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };

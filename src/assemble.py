@@ -28,7 +28,7 @@ SECTIONS = {
     "unicode": ["unicode.cpp"],
     "json": ["json.hpp", "json.cpp"],
     "api": ["api.hpp", "api.cpp", "api/response.cpp", "api/events.cpp", "api/surface.cpp", "api/document.cpp",
-            "api/chat.cpp", "api/messages.cpp"],
+            "api/chat.cpp", "api/messages.cpp", "api/completions.cpp"],
     "gguf": ["gguf.hpp", "gguf.cpp"],
     "kernels": ["kernels/kernels.hpp", "kernels/exact.cpp", "kernels/layout.cpp", "kernels/scalar.cpp",
                 "kernels/avx2.cpp", "kernels/avx512.cpp", "kernels/arm.cpp", "kernels/wasm.cpp",

@@ -190,7 +190,10 @@ private:
     static std::string text_of(const valar::Request& request) {
         std::string words = request.input.text;
         for (const valar::Item& item : request.input.items) words += item.text();
-        return words;
+        if (!request.raw || request.raw->tokens.empty()) return words;
+        words += "raw ";
+        for (const int32_t token : request.raw->tokens) words += std::to_string(token) + " ";
+        return words + request.raw->suffix;
     }
 
     static std::vector<valar::Item> calls_of(const valar::Request& request) {

@@ -1983,7 +1983,9 @@ TEST_CASE("server: openai: a conversation, its items and its responses") {
     CHECK(serving.get("/v1/conversations/" + id_of(first)).status == 404);
     CHECK(serving.call("DELETE", "/v1/conversations/" + id_of(first)).status == 404);
     CHECK(serving.get("/v1/responses?after=" + id).status == 400);
-    CHECK(serving.get("/v1/responses").body.find(R"("id":"conv_)") == std::string::npos);
+    const Json list = parse(serving.get("/v1/responses").body);
+    for (const Json& one : list["data"].items())
+        CHECK(one["id"].as_string().substr(0, 5) == "resp_");
     CHECK(parse(talk.send("DELETE", "").body)["object"].as_string() == "conversation.deleted");
     for (const char* below : {"", "/items"})
         CHECK(error_of(talk.send("GET", below)) == "404 not_found_error not_found");
@@ -2030,6 +2032,7 @@ TEST_CASE("server: openai: many change one conversation at once, and nothing is 
     ServerOptions options = local();
     options.dialect = Dialect::openai;
     Serving serving(options);
+    serving.fake.info.context_tokens = 4096;
     Talk talk{serving};
     const std::string id = talk.start("{}");
     std::vector<std::thread> clients;
@@ -2038,7 +2041,9 @@ TEST_CASE("server: openai: many change one conversation at once, and nothing is 
             for (int turn = 0; turn < 5; ++turn) {
                 Talk own{serving, talk.path};
                 own.send("POST", "/items", R"({"items":[{"role":"user","content":"w"}]})");
-                serving.post(R"({"model":"fake","input":"w","conversation":")" + id + "\"}");
+                serving.post(
+                    R"({"model":"fake","input":"w","max_output_tokens":1,"conversation":")" + id +
+                    "\"}");
             }
         });
     for (std::thread& client : clients) client.join();
@@ -2415,7 +2420,7 @@ TEST_CASE("server: chat: refusals name the fields as its clients know them") {
          "invalid_value tools[0].function.name"},
         {chat(R"(,"tools":[{"type":"custom","custom":{"name":"f","format":{"type":"x"}}}])"),
          "invalid_value tools[0].custom.format.type"},
-        {chat(R"(,"tools":[{"type":"x"}])"), "invalid_value tools[0].type"},
+        {chat(R"(,"tools":[{"type":"mcp"}])"), "unsupported_value tools[0].type"},
         {chat(R"(,"response_format":{"type":"json_schema","json_schema":{"name":"a b"}})"),
          "invalid_value response_format.json_schema.name"},
         {R"({"model":"fake","messages":[{"role":"user","content":"x"},{"role":"assistant",
@@ -2470,6 +2475,142 @@ TEST_CASE("server: chat: what was asked stands in the response that is kept") {
     CHECK(kept["text"]["format"]["schema"].write() == R"({"type":"object"})");
     CHECK(kept["text"]["format"]["strict"].as_bool());
     CHECK_FALSE(kept["tools"][0]["strict"].as_bool(true));
+}
+
+namespace {
+
+HttpReply complete(Serving& serving, const std::string& more, HttpHeaders headers = {}) {
+    headers.emplace_back("Content-Type", "application/json");
+    return serving.call("POST", "/v1/completions", R"({"model":"fake",)" + more + "}", headers);
+}
+
+/// The chunks of a legacy completion, put together; `logprobs` of all of them.
+struct CompletionReader {
+    std::string text, finish;
+    Json usage, tokens = Json::array(), offsets = Json::array();
+    bool done = false;
+
+    explicit CompletionReader(const std::string& stream) {
+        for (const std::string_view one : events_of(stream)) {
+            CHECK_FALSE(done);
+            REQUIRE(one.substr(0, 6) == "data: ");
+            if (one == "data: [DONE]") done = true;
+            else add(parse(std::string(one.substr(6))));
+        }
+    }
+    void add(const Json& chunk) {
+        CHECK(chunk["object"].as_string() == "text_completion");
+        if (chunk["choices"].empty()) {
+            usage = chunk["usage"];
+            return;
+        }
+        CHECK(finish.empty());
+        const Json& choice = chunk["choices"][0];
+        text += choice["text"].as_string();
+        finish = choice["finish_reason"].as_string();
+        for (const Json& token : choice["logprobs"]["tokens"].items()) tokens.push(token);
+        for (const Json& at : choice["logprobs"]["text_offset"].items()) offsets.push(at);
+    }
+};
+
+}  // namespace
+
+TEST_CASE("server: openai: legacy completions, whole and in chunks") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    for (const bool told : {false, true}) {
+        serving.fake.tells_items = told;
+        for (const std::string more :
+             {R"("prompt":"ab cd")", R"("prompt":["ab cd"],"max_tokens":2)",
+              R"("prompt":"ab cd","echo":true)", R"("prompt":[1,2,3])", R"("prompt":[[1,2]])",
+              R"("prompt":"ab cd","logprobs":2)", R"("prompt":"","suffix":"x","n":1)"}) {
+            CAPTURE(more);
+            const HttpReply reply = complete(serving, more);
+            REQUIRE_MESSAGE(reply.status == 200, reply.body);
+            const Json whole = parse(reply.body);
+            CHECK(whole["object"].as_string() == "text_completion");
+            CHECK(whole["id"].as_string().substr(0, 5) == "cmpl_");
+            const Json& choice = whole["choices"][0];
+            const HttpReply stream = complete(
+                serving, more + R"(,"stream":true,"stream_options":{"include_usage":true})");
+            const CompletionReader reader(stream.body);
+            CHECK(reader.done);
+            CHECK(reader.text == choice["text"].as_string());
+            CHECK(reader.finish == choice["finish_reason"].as_string());
+            CHECK(reader.usage.write() == whole["usage"].write());
+            if (!choice["logprobs"].is_null()) {
+                CHECK(reader.tokens.write() == choice["logprobs"]["tokens"].write());
+                CHECK(reader.offsets.write() == "[0,6,9]");
+                CHECK(reader.offsets.write() == choice["logprobs"]["text_offset"].write());
+                CHECK(choice["logprobs"]["top_logprobs"][0].size() == 1);  // of one text alone
+            }
+            CHECK(choice["logprobs"].is_null() == (more.find("logprobs") == more.npos));
+            CHECK(serving.get("/v1/responses/" + field(stream, "X-Valar-Response-Id")).status ==
+                  200);
+        }
+    }
+    const auto text_of = [&](const std::string& more) {
+        return std::string(parse(complete(serving, more).body)["choices"][0]["text"].as_string());
+    };
+    CHECK(text_of(R"("prompt":"ab cd")") == "echo: ab cd");
+    CHECK(text_of(R"("prompt":"ab cd","echo":true)") == "ab cdecho: ab cd");
+    CHECK(text_of(R"("prompt":"ab cd","max_tokens":1)") == "echo: ");
+    CHECK(text_of(R"("prompt":[7,8],"suffix":"s")") == "echo: [7,8]raw 7 8 s");
+    std::string long_prompt = R"("prompt":")";
+    for (int i = 0; i < 40; ++i) long_prompt += "w ";
+    CHECK(
+        parse(complete(serving, long_prompt + "\"").body)["usage"]["completion_tokens"].as_int() ==
+        16);
+    // A repeat is the same bytes, with its echo.
+    const HttpHeaders keyed = {{"Idempotency-Key", "legacy"}};
+    const HttpReply first = complete(serving, R"("prompt":"k","echo":true)", keyed);
+    const HttpReply second = complete(serving, R"("prompt":"k","echo":true)", keyed);
+    CHECK(first.body == second.body);
+    CHECK(field(second, "Idempotent-Replayed") == "true");
+
+    for (const auto& [more, error] :
+         {std::pair(R"("prompt":["a","b"])", "unsupported_value prompt"),
+          std::pair(R"("prompt":{})", "invalid_type prompt"),
+          std::pair(R"("prompt":[1,"a"])", "invalid_type prompt[1]"),
+          std::pair(R"("prompt":[-1])", "invalid_type prompt[0]"),
+          std::pair(R"("suffix":"x")", "missing_required_parameter prompt"),
+          std::pair(R"("prompt":"x","suffix":1)", "invalid_type suffix"),
+          std::pair(R"("prompt":"x","n":2)", "unsupported_value n"),
+          std::pair(R"("prompt":"x","max_tokens":0)", "integer_below_min_value max_tokens"),
+          std::pair(R"("prompt":"x","logprobs":21)", "integer_above_max_value logprobs"),
+          std::pair(R"("prompt":"x","echo":true,"logprobs":1)", "unsupported_value echo")})
+        CHECK(error_of(complete(serving, more)) ==
+              "400 invalid_request_error " + std::string(error));
+    Serving other;
+    CHECK(complete(other, R"("prompt":"x")").status == 404);
+}
+
+TEST_CASE("server: openai: a completion that a restart cut is the same prompt again") {
+    MemoryStore store;
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    options.drain_timeout_ms = 10;
+    options.store = &store;
+    std::string id;
+    {
+        Serving serving(options, true);
+        HttpPeer peer(serving.server.port());
+        const std::string body = R"({"model":"fake","prompt":[7],"stream":true})";
+        std::string asked = raw_post(body, "Host: localhost\r\nIdempotency-Key: k\r\n");
+        peer.send(asked.replace(asked.find("/v1/responses"), 13, "/v1/completions"));
+        REQUIRE(eventually([&] { return serving.fake.waiting().size() == 1; }));
+        id = serving.fake.waiting()[0];
+        serving.stop();
+        CHECK(peer.until("\r\n0\r\n\r\n").find("shutting down") != std::string::npos);
+    }
+    Serving serving(options);
+    Json object;
+    REQUIRE(eventually([&] {
+        object = parse(serving.get("/v1/responses/" + id).body);
+        return object["status"].as_string() == "completed";
+    }));
+    CHECK(object["output"][0]["content"][0]["text"].as_string() == "echo: [7]raw 7 ");
 }
 
 TEST_CASE("server: openai: GET of a chat that runs shows the events of its response") {

@@ -232,13 +232,33 @@ Outcome outcome_of(const Json& object) {
 
 std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,
                                           Dialect dialect) {
-    if (form.surface) return form.surface->events(record, form.include_usage, dialect);
+    if (form.surface) {
+        auto events = form.surface->events(record, form.include_usage, dialect);
+        events->set_echo(form.echo);
+        return events;
+    }
     return std::make_unique<ResponseEvents>(record.id, record.message_id, words_of(dialect));
 }
 
+namespace {
+
+Result<std::string> render_whole(const AnswerForm& form, const std::string& object,
+                                 Dialect dialect) {
+    if (!form.surface) return object;
+    auto text = form.surface->render(object, dialect);
+    if (!text || form.echo.empty()) return text;
+    auto answer = Json::parse(*text);
+    if (!answer) return answer.error();
+    Json& choice = answer->find("choices")->items().front();
+    choice.set("text", form.echo + std::string(choice["text"].as_string()));
+    return answer->write();
+}
+
+}  // namespace
+
 Result<std::string> render_answer(const AnswerForm& form, const std::string& object,
                                   Dialect dialect) {
-    if (!form.stream) return form.surface ? form.surface->render(object, dialect) : object;
+    if (!form.stream) return render_whole(form, object, dialect);
     auto parsed = Json::parse(object);
     if (!parsed) return parsed.error();
     Json& shown = *parsed;

@@ -32,6 +32,7 @@ public:
     /// Leaves out the events up to this one, but never the last.
     virtual void skip_to(uint64_t /*sequence_number*/) {}
 
+    void set_echo(std::string text) { echo_ = std::move(text); }
     size_t size() const { return text_.size(); }
     std::string take() { return std::exchange(text_, {}); }
 
@@ -43,7 +44,7 @@ protected:
     /// Those of an item, taken.
     std::vector<TokenLogprob> tokens_of(size_t item);
 
-    std::string text_;
+    std::string text_, echo_;
 
 private:
     std::vector<TokenLogprob> waiting_;

@@ -38,8 +38,8 @@ Json doc_surface_stream(Dialect) {
 }
 
 Json doc_surface_stream_options(Dialect) {
-    return doc_object(0, {{"include_usage", doc_type("boolean")},
-                          {"prompt_progress", doc_type("boolean")}});
+    return doc_object(
+        0, {{"include_usage", doc_type("boolean")}, {"prompt_progress", doc_type("boolean")}});
 }
 
 Json doc_request(const Surface& surface, Dialect dialect) {
@@ -100,6 +100,7 @@ Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Diale
         if (body[name].is_null()) return api_missing(std::string(name));
     for (const JsonMember& member : body.members())
         if (Fault fault = surface_field(surface, member, &out)) return std::move(*fault);
+    if (Fault fault = surface.check ? surface.check(&out) : Fault()) return std::move(*fault);
     return out;
 }
 

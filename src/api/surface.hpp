@@ -20,7 +20,10 @@ struct SurfaceBody {
     Dialect dialect = Dialect::valar;
     Json body = Json::object();
     bool stream = false;
-    bool include_usage = false;             ///< an event of its own at the end of a stream
+    bool include_usage = false;  ///< an event of its own at the end of a stream
+    Json raw = {};               ///< of a prompt past the template: see raw_prompt
+    bool echoes = false;
+    std::string echo = {};                  ///< what stands before the answer, if it echoes
     std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
     std::vector<std::pair<std::string, std::string>> renamed = {};  ///< fields: name here, as given
 
@@ -57,6 +60,7 @@ struct Surface {
     std::span<const SurfaceField> fields;  ///< others are ignored
     std::span<const std::string_view> refused = {};
     std::span<const std::string_view> required = {};
+    Fault (*check)(SurfaceBody* out) = nullptr;  ///< rules across fields
     /// The end of the place of an error, below `field` of a body of /v1/responses, as the client
     /// wrote it. `value`: of that field; of arrays (input, tools) the element.
     std::string (*rest)(std::string_view field, const Json& value, const std::string& rest);
@@ -75,14 +79,18 @@ Error surface_error(const Surface& surface, Error error, const SurfaceBody& read
 /// Of a response that has no answer.
 Error surface_failure(const Outcome& outcome);
 
-extern const Surface chat_surface, messages_surface;
+extern const Surface chat_surface, completions_surface, messages_surface;
 extern const Surface messages_count_surface;  ///< of which only the prompt's tokens are wanted
+
+/// {"tokens": [...], "suffix": "..."}, each of them if it is there.
+RawPrompt raw_prompt(const Json& raw);
 
 /// How the answer to a request is to look.
 struct AnswerForm {
     const Surface* surface = nullptr;  ///< null: POST /v1/responses, as GET shows it
     bool stream = false;
     bool include_usage = false;
+    std::string echo = {};
     uint64_t after = UINT64_MAX;  ///< of a stream, the last event that is known; UINT64_MAX: none
 };
 std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,

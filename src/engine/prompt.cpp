@@ -70,9 +70,9 @@ Error refuse_field(const char* param, std::string message, const char* code) {
 
 Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view salt) const {
     if (auto checked = check(request); !checked) return checked.error();
-    auto text = render(request);
+    auto text = request.raw ? Result(MarkedText()) : render(request);
     if (!text) return text.error();
-    auto tokens = encode(*text);
+    auto tokens = request.raw ? encode_raw(request) : encode(*text);
     if (!tokens) return tokens.error();
     if (auto checked = check_length(tokens->size()); !checked) return checked.error();
     auto seed = request.seed ? Result<int64_t>(*request.seed) : draw_seed();
@@ -88,9 +88,13 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->top_logprobs = request.top_logprobs;
     out->progress = request.prompt_progress;
     out->stop = request.stop;
-    const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
-    if (auto limited = limit_thought(request, out.get()); !limited) return limited.error();
-    if (auto held = hold_answer(request, thought, out.get()); !held) return held.error();
+    if (request.raw) {
+        out->parser = raw_output();
+    } else {
+        const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
+        if (auto limited = limit_thought(request, out.get()); !limited) return limited.error();
+        if (auto held = hold_answer(request, thought, out.get()); !held) return held.error();
+    }
     out->organisation = request.organisation;
     out->window = request.window;
     resolve_sampling(request, &out->sampling);
@@ -231,6 +235,7 @@ Result<PromptPtr> PromptMaker::take_back(std::unique_ptr<Prepared> prepared) con
 }
 
 Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
+    if (request.raw) return encode_raw(request);
     auto text = render(request);
     if (!text) return text.error();
     return encode(*text);
@@ -250,6 +255,80 @@ Result<MarkedText> PromptMaker::render(const Request& request) const {
                             "context_length_exceeded");
     if (text) skip_thought(request, &*text);
     return text;
+}
+
+namespace {
+
+/// How families mark a gap to be filled in: prefix, suffix, then what comes between them.
+struct GapMarks {
+    std::string_view prefix, suffix, middle;
+};
+constexpr GapMarks gap_marks[] = {
+    {"<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"},           // Qwen2.5-Coder, CodeGemma
+    {"<fim_prefix>", "<fim_suffix>", "<fim_middle>"},                 // StarCoder, Granite
+    {"<fim-prefix>", "<fim-suffix>", "<fim-middle>"},                 // SantaCoder, Refact
+    {"<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"},        // GLM
+    {"\xe2\x96\x81<PRE>", "\xe2\x96\x81<SUF>", "\xe2\x96\x81<MID>"},  // CodeLlama
+    {"<\xef\xbd\x9c"
+     "fim\xe2\x96\x81"
+     "begin\xef\xbd\x9c>",
+     "<\xef\xbd\x9c"
+     "fim\xe2\x96\x81hole\xef\xbd\x9c>",
+     "<\xef\xbd\x9c"
+     "fim\xe2\x96\x81"
+     "end\xef\xbd\x9c>"},  // DeepSeek-Coder
+};
+
+}  // namespace
+
+// The prompt of a request that has no use for a template. It is wholly its sender's, and may spell
+// the model's marks; but what stands around a gap is any text.
+Result<std::vector<Token>> PromptMaker::encode_raw(const Request& request) const {
+    const RawPrompt& raw = *request.raw;
+    const Tokenizer& tokenizer = model_.tokenizer();
+    std::vector<Token> tokens = raw.tokens;
+    for (const Token token : tokens)
+        if (token < 0 || static_cast<uint32_t>(token) >= model_.spec().n_vocab)
+            return refuse_field("prompt", format("prompt: there is no token %d", token));
+    std::string text = request.input.text;
+    for (const Item& item : request.input.items) text += item.text();
+    if (tokens.empty() && !raw.suffix.empty()) return encode_gap(text, raw.suffix);
+    if (!raw.suffix.empty())
+        return refuse_field("suffix", "suffix: not together with a prompt of tokens");
+    if (!tokens.empty()) return tokens;
+    auto read = tokenizer.encode(MarkedText{std::move(text), {}}, tokenizer.add_bos());
+    if (read && read->empty()) {
+        if (!tokenizer.bos()) return refuse_field("input", "the prompt is empty");
+        read->push_back(*tokenizer.bos());
+    }
+    return read;
+}
+
+Result<std::vector<Token>> PromptMaker::encode_gap(std::string_view prefix,
+                                                   std::string_view suffix) const {
+    const Tokenizer& tokenizer = model_.tokenizer();
+    const auto mark = [&](std::string_view spelling) -> std::optional<Token> {
+        const auto token = tokenizer.find(spelling);
+        const bool special = token && tokenizer.kind(*token) != TokenKind::normal;
+        return special ? token : std::nullopt;
+    };
+    for (const GapMarks& row : gap_marks) {
+        const auto first = mark(row.prefix), second = mark(row.suffix), third = mark(row.middle);
+        if (!first || !second || !third) continue;
+        auto before = tokenizer.encode(prefix), after = tokenizer.encode(suffix);
+        if (!before || !after) return before ? after.error() : before.error();
+        std::vector<Token> tokens;
+        if (tokenizer.add_bos() && tokenizer.bos()) tokens.push_back(*tokenizer.bos());
+        tokens.push_back(*first);
+        tokens.insert(tokens.end(), before->begin(), before->end());
+        tokens.push_back(*second);
+        tokens.insert(tokens.end(), after->begin(), after->end());
+        tokens.push_back(*third);
+        return tokens;
+    }
+    return refuse_field("suffix",
+                        "suffix: the model '" + model_.info().id + "' has no marks to fill in",
+                        "unsupported_value");
 }
 
 Result<std::vector<Token>> PromptMaker::encode(const MarkedText& text) const {

@@ -64,6 +64,8 @@ private:
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
     Result<MarkedText> render(const Request& request) const;
     Result<std::vector<Token>> encode(const MarkedText& text) const;
+    Result<std::vector<Token>> encode_raw(const Request& request) const;
+    Result<std::vector<Token>> encode_gap(std::string_view prefix, std::string_view suffix) const;
     void skip_thought(const Request& request, MarkedText* text) const;
     Result<void> limit_thought(const Request& request, PreparedPrompt* out) const;
     Result<void> hold_answer(const Request& request, ThoughtState thought,

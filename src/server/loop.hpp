@@ -171,6 +171,7 @@ struct ServerLoop : HttpHandler {
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
         std::unique_ptr<Stream> stream = {};        // when it was asked for as one
         const Surface* surface = nullptr;
+        std::string echo = {};  // of that
     };
 
     struct Job;
@@ -202,6 +203,7 @@ struct ServerLoop : HttpHandler {
         AnswerForm form = {};
         std::unique_ptr<EventWriter> events = {};  // of a stream
         std::string conversation_last = {};
+        Json raw = {};
     };
 
     struct FinishJob : Job {

@@ -24,6 +24,7 @@ namespace {
 std::string server_head(const ResponseRecord& record) {
     Json head = Json::object();
     if (!record.conversation_last.empty()) head.set("conversation_last", record.conversation_last);
+    if (!record.raw.is_null()) head.set("raw", record.raw);
     return head.set("message_id", record.message_id)
         .set("created_at", record.created_at)
         .set("model", record.model)
@@ -53,6 +54,7 @@ ResponseRecord server_record(const StoredResponse& stored, Status status) {
     record.top_p = known["top_p"].as_double();
     record.seed = known["seed"].as_int();
     record.conversation_last = known["conversation_last"].as_string();
+    record.raw = known["raw"];
     record.status = status;
     if (request) record.request = std::move(*request);
     return record;
@@ -180,8 +182,10 @@ Result<Request> ServerLoop::read_request(const Json& body, AnswerForm* form,
     *read = std::move(*given);
     form->stream = read->stream;
     form->include_usage = read->include_usage;
+    form->echo = read->echo;
     auto request = parse_response_request(read->body, options.dialect);
     if (!request) return surface_error(*form->surface, request.error(), *read);
+    if (!read->raw.is_null()) request->raw = raw_prompt(read->raw);
     return request;
 }
 
@@ -217,6 +221,7 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     if (!prepared)
         return surface ? surface_error(*surface, prepared.error(), read) : prepared.error();
     job.prepared = std::move(*prepared);
+    job.raw = read.raw;
     if (surface) job.body = read.body.write();
     return make_record(job, *request);
 }
@@ -271,6 +276,7 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     record.seed = job.prepared->seed;
     record.input_tokens = job.prepared->input_tokens;
     record.conversation_last = job.conversation_last;
+    record.raw = job.raw;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
@@ -311,6 +317,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     entry.resumable = stored.background || !stored.reservation.empty();
     entry.responder = job->responder;
     entry.surface = job->form.surface;
+    entry.echo = job->form.echo;
     if (!entry.resumable) entry.owner = exchange->number;
     ++queued;
     exchange->response_id = stored.id;
@@ -454,6 +461,7 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     if (entry.unkept) job->stored = *entry.unkept;
     job->store = !entry.unkept;
     job->form.surface = entry.surface;
+    job->form.echo = entry.echo;
     if (outcome->status == Status::failed)
         note_trouble("response",
                      outcome->error.value_or(make_error(ErrorKind::internal, "no reason given")),
@@ -654,6 +662,7 @@ void ServerLoop::recover_work(RecoverJob& job) {
         record.request.set("seed", record.seed);
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
+        if (!record.raw.is_null()) request->raw = raw_prompt(record.raw);
         auto prepared = this->prepare(record.organisation, std::move(record.request), &*request,
                                       &job.responder, &record.conversation_last);
         if (!prepared) return prepared.error();

@@ -18,6 +18,7 @@ namespace {
 
 class PlainOutput final : public OutputParser {
 public:
+    explicit PlainOutput(bool ends_at_marks) : ends_at_marks_(ends_at_marks) {}
     void text(std::string_view more, OutputSink& out) override {
         if (more.empty()) return;
         if (!begun_) out.begin_item(Item::Kind::message);
@@ -26,19 +27,20 @@ public:
     }
     bool mark(const OutputMark& mark, OutputSink& out) override {
         if (mark.is_text && !mark.ends) text(mark.spelling, out);
-        return mark.ends;
+        return mark.ends || (ends_at_marks_ && !mark.is_text);
     }
     void finish(bool, OutputSink& out) override {
         if (begun_) out.end_item();
     }
 
 private:
-    bool begun_ = false;
+    bool ends_at_marks_, begun_ = false;
 };
 
 }  // namespace
 
-std::unique_ptr<OutputParser> plain_output() { return std::make_unique<PlainOutput>(); }
+std::unique_ptr<OutputParser> plain_output() { return std::make_unique<PlainOutput>(false); }
+std::unique_ptr<OutputParser> raw_output() { return std::make_unique<PlainOutput>(true); }
 
 std::unique_ptr<OutputParser> answer_parser(std::shared_ptr<const AnswerSyntax> syntax,
                                             AnswerParserOptions options) {

@@ -50,6 +50,8 @@ public:
 
 /// Of a model without marks: all text is one message.
 std::unique_ptr<OutputParser> plain_output();
+/// Likewise of a prompt that no template made: control tokens end the answer.
+std::unique_ptr<OutputParser> raw_output();
 
 }  // namespace detail
 }  // namespace v1

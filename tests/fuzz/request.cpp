@@ -1,13 +1,30 @@
 // A body of POST /v1/responses: whatever it is, it is refused with a code or makes a request whose
 // response object can be rendered and read again.
-#include "api_internal.hpp"
+#include "api/surface.hpp"
 
 #include <cstdlib>
+
+// As a body of another surface: what that makes of it is refused with a name that its client knows,
+// or is a request.
+static void read_surfaces(const valar::Json& body) {
+    using namespace valar::detail;
+    for (const Surface* surface : {&chat_surface, &completions_surface}) {
+        auto read = read_surface(*surface, body, valar::Dialect::openai);
+        if (!read) {
+            if (read.error().code.empty() || read.error().message.empty()) std::abort();
+            continue;
+        }
+        auto request = parse_response_request(read->body, valar::Dialect::openai);
+        if (!request) (void)surface_error(*surface, request.error(), *read);
+        else if (!read->raw.is_null()) (void)raw_prompt(read->raw);
+    }
+}
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     auto body = valar::Json::parse({reinterpret_cast<const char*>(data), size});
     if (!body) return 0;
     (void)valar::detail::parse_response_request(*body, valar::Dialect::openai).ok();
+    read_surfaces(*body);
     auto request = valar::detail::parse_response_request(*body);
     if (!request) {
         if (request.error().code.empty() || request.error().message.empty()) std::abort();

@@ -29,7 +29,8 @@ waiting = ("pending", "running") if native else ("queued", "in_progress")
 
 # Where the two packages contradict each other, we send what either asks for.
 ONLY_OPENRESPONSES = {"presence_penalty", "frequency_penalty", "store"}
-ONLY_OPENAI = {"usage.input_tokens_details.cache_write_tokens", "output.status"}  # of a thought
+ONLY_OPENAI = {"usage.input_tokens_details.cache_write_tokens", "output.status",  # of a thought
+               "conversation"}
 
 
 def check(condition, what):
@@ -234,6 +235,46 @@ else:
               list(range(after + 1, after + 1 + len(rest))), f"after {after}: {rest}")
         check(rest[-1].type == f"response.{whole.status}", rest[-1].type)
         check(rest[-1].response.output_text == whole.output_text, rest[-1])
+
+    # a conversation, its items, and responses that go on with it
+    talk = client.conversations.create(metadata={"topic": "kings"},
+                                       items=[{"role": "user", "content": "I am Alice."}])
+    check(client.conversations.retrieve(talk.id).metadata == {"topic": "kings"}, "metadata")
+    check(client.conversations.update(talk.id, metadata={"a": "b"}).metadata == {"a": "b"}, "update")
+    items = client.conversations.items
+    added = items.create(talk.id, items=[{"role": "assistant", "content": "Hello!"}])
+    check(items.retrieve(added.data[0].id, conversation_id=talk.id).content[0].text == "Hello!", "item")
+    said = valid(responses.create(**follow, conversation=talk.id))
+    check(said["conversation"]["id"] == talk.id, said)
+    check(said["usage"]["input_tokens"] > unkept["usage"]["input_tokens"], "earlier items")
+    page = items.list(talk.id, order="asc", limit=3)
+    check([item.type for item in page.data] == ["message"] * 3 and page.has_more, page)
+    check(len(list(items.list(talk.id, limit=2))) == 4, "all pages")
+    check(items.delete(added.data[0].id, conversation_id=talk.id).id == talk.id, "item deleted")
+    check(client.conversations.delete(talk.id).deleted, "deleted")
+    refused(openai.NotFoundError, 404, "not_found", lambda: client.conversations.retrieve(talk.id))
+    refused(openai.NotFoundError, 404, "not_found",
+            lambda: client.responses.create(**follow, conversation=talk.id))
+
+    # legacy completions
+    prompt = {"model": model, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+    whole = client.completions.create(**prompt, logprobs=1)
+    check(len(whole.choices[0].logprobs.tokens) == whole.usage.completion_tokens, whole)
+    pieces = list(client.completions.create(**prompt, stream=True,
+                                            stream_options={"include_usage": True}))
+    check("".join(one.choices[0].text for one in pieces if one.choices) == whole.choices[0].text, pieces)
+    check(pieces[-1].usage.completion_tokens == whole.usage.completion_tokens, pieces[-1])
+    check(client.completions.create(**prompt, echo=True).choices[0].text ==
+          prompt["prompt"] + whole.choices[0].text, "echo")
+    refused(openai.BadRequestError, 400, "unsupported_value",
+            lambda: client.completions.create(**prompt, n=2))
+
+    # how far the prompt is read
+    chunks = list(client.chat.completions.create(
+        model=model, messages=[turn("user", "Hi.")], max_tokens=2, stream=True,
+        stream_options={"prompt_progress": True}))
+    told = [one.prompt_progress for one in chunks if getattr(one, "prompt_progress", None)]
+    check(told and told[-1]["processed"] == told[-1]["total"], chunks)
 
 # tools: a call, its result, the answer; custom tools and a schema
 if "fake" in model:
