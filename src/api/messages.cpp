@@ -170,10 +170,12 @@ Fault messages_message(const Json& message, const std::string& path, SurfaceBody
 
 Fault messages_messages(const Json& value, SurfaceBody* out) {
     if (!value.is_array()) return api_wrong_type("messages", "an array", value);
+    if (value.empty())
+        return api_error("array_below_min_length", "messages", "'messages' must not be empty");
     out->body.set("input", Json::array());
     for (size_t i = 0; i < value.size(); ++i)
         if (Fault fault = messages_message(value[i], api_index("messages", i), out)) return fault;
-    if (value.empty() || value[value.size() - 1]["role"].as_string() != "assistant") return {};
+    if (value[value.size() - 1]["role"].as_string() != "assistant") return {};
     return api_error("unsupported_value", api_index("messages", value.size() - 1) + ".role",
                      "'messages' must not end with a message of the assistant: an answer that is "
                      "begun cannot be continued");
