@@ -10988,6 +10988,9 @@ Json doc_known(std::string_view key, const Json& value) {
     if (key == "response" && value.is_object()) return doc_ref("Response");
     if (key == "item" && value.is_object()) return doc_ref("OutputItem");
     if (key == "output" && value.is_array()) return doc_array(doc_ref("OutputItem"));
+    const bool by_token = value[0].is_object() && !value[0].contains("token");
+    if (key == "top_logprobs" && by_token)  // of legacy completions
+        return doc_array(doc_type("object").set("additionalProperties", doc_type("number")));
     return {};
 }
 
@@ -11059,7 +11062,7 @@ std::vector<Outcome> doc_outcomes() {
     plain.text = cut.text = stopped.text = stopped.stopped_by = "a";
     rich.items = doc_items();
     call.items = {rich.items.back()};
-    rich.logprobs = {doc_token()};
+    plain.logprobs = rich.logprobs = {doc_token()};
     rich.logprobs[0].item = 1;
     cut.cut = true;
     failed.status = Status::failed;
