@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import urllib.request
 
 CHECKS = ("not_a_server_error,status_code_conformance,content_type_conformance,"
@@ -27,7 +28,7 @@ def begin_server(dialect):
     return server, int(server.stdout.readline())
 
 
-def begin_client(port, seconds, examples):
+def begin_client(port, seconds, examples, folder):
     here, name = os.path.split(os.path.abspath(__file__))
     environment = os.environ | {"PYTHONPATH": here, "SCHEMATHESIS_HOOKS": name.removesuffix(".py")}
     limits = ["--max-time", str(seconds)] if seconds else []
@@ -35,7 +36,7 @@ def begin_client(port, seconds, examples):
         [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "run",
          f"http://127.0.0.1:{port}/openapi.json", "--checks", CHECKS, "--no-color", "--workers", "1",
          "--phases", "coverage,fuzzing,stateful", "--max-examples", str(examples), *limits],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder)  # it leaves notes there
 
 
 def main():
@@ -43,10 +44,11 @@ def main():
                          for i, usual in ((2, 60), (3, 50)))
     running = {dialect: begin_server(dialect) for dialect in ("valar", "openai")}
     failed = False
+    folder = tempfile.TemporaryDirectory()
     try:
         for _, port in running.values():
             check_document(port)
-        clients = {dialect: begin_client(port, seconds, examples)
+        clients = {dialect: begin_client(port, seconds, examples, folder.name)
                    for dialect, (_, port) in running.items()}
         for dialect, client in clients.items():
             said, _ = client.communicate()
