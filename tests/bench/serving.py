@@ -4,6 +4,10 @@ CLIENTS chat clients, each asks again as soon as it is answered: prompts of abou
 share nothing but the template, ANSWER tokens back. Compared with the time that the same tokens would
 take at `bench`'s prefill and at its decode with as many sequences, measured right before and after.
 The time to the first token is what the server's log says of each request: queue and prefill.
+
+With --stream PAIRS instead: rounds of whole and of streamed answers in turn on one server. What streaming
+leaves of the throughput, how long after the engine's first token its event is at the client, and the
+gaps between events there. The clients are one Python process on the same cores.
 """
 import argparse
 import http.client
@@ -26,6 +30,7 @@ parser.add_argument("--requests", type=int, default=3, help="of each client")
 parser.add_argument("--prompt", type=int, default=150)
 parser.add_argument("--answer", type=int, default=64)
 parser.add_argument("--precision", default="fast")
+parser.add_argument("--stream", type=int, default=0, metavar="PAIRS")
 options = parser.parse_args()
 
 
@@ -54,46 +59,99 @@ def ask(link, words, chance):
     return body["usage"]
 
 
-def client(port, words, number, usages):
+def ask_stream(link, words, chance):
+    """Its usage with the response's id, and when each event with text came, from the request on."""
+    text, times = " ".join(chance.choice(WORDS) for _ in range(words)), []
+    start = time.perf_counter()
+    link.request("POST", "/v1/responses", json.dumps(
+        {"model": "served", "input": text, "max_output_tokens": options.answer, "temperature": 0,
+         "stream": True}), {"Content-Type": "application/json"})
+    reply = link.getresponse()
+    for line in reply:
+        if line.startswith(b'data: {"type":"response.output_text.delta"'):
+            times.append(time.perf_counter() - start)
+        elif line.startswith(b'data: {"type":"response.') and b'"usage":{' in line:
+            response = json.loads(line[6:])["response"]
+    return response["usage"] | {"id": response["id"], "times": times}
+
+
+def client(port, words, number, usages, way):
     chance = random.Random(number)
     link = http.client.HTTPConnection("127.0.0.1", port)
     for _ in range(options.requests):
-        usages.append(ask(link, words, chance))
+        usages.append(way(link, words, chance))
 
 
-def serve_all():
-    """Seconds, tokens in, tokens out, and the log's lines."""
+def run_clients(port, words, first_number, way=ask):
+    """Seconds, and what the replies say of tokens."""
+    usages = []
+    clients = [threading.Thread(target=client, args=(port, words, first_number + number, usages, way))
+               for number in range(options.clients)]
+    start = time.perf_counter()
+    for one in clients:
+        one.start()
+    for one in clients:
+        one.join()
+    assert len(usages) == options.clients * options.requests, "a client failed"
+    return time.perf_counter() - start, usages
+
+
+def with_server(work, *flags):
+    """What work(port, words) gives, and the log's lines of its requests."""
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
             [options.server, "--model", options.model, "--threads", str(options.threads - 1),
              "--precision", options.precision, "--alias", "served", "--parallel", str(options.clients),
-             "--port", "0", "--log-json"], stdout=subprocess.PIPE, stderr=log, text=True)
+             "--port", "0", "--log-json", *flags], stdout=subprocess.PIPE, stderr=log, text=True)
         port = int(re.search(r":(\d+) ", server.stdout.readline())[1])
         probe = http.client.HTTPConnection("127.0.0.1", port)
         none, many = (ask(probe, words, random.Random(0))["input_tokens"] for words in (1, 101))
         words = max(1, round((options.prompt - none) * 100 / (many - none)))
-        usages = []
-        clients = [threading.Thread(target=client, args=(port, words, 1 + number, usages))
-                   for number in range(options.clients)]
-        start = time.perf_counter()
-        for one in clients:
-            one.start()
-        for one in clients:
-            one.join()
-        seconds = time.perf_counter() - start
+        made = work(port, words)
         server.terminate()
         server.wait()
         log.seek(0)
         lines = [json.loads(line) for line in log if line.startswith("{")]
-    assert len(usages) == options.clients * options.requests, "a client failed"
-    fresh = sum(u["input_tokens"] - u["input_tokens_details"]["cached_tokens"] for u in usages)
-    return seconds, fresh, sum(u["output_tokens"] for u in usages), lines[2:]
+    return made, lines[2:]
+
+
+def compare_streams(port, words):
+    """Of each pair the whole answers' speed, the streamed ones', and what was streamed."""
+    pairs = []
+    for pair in range(options.stream + 1):  # the first one warms up
+        made = {}
+        for way in (ask, ask_stream) if pair % 2 else (ask_stream, ask):
+            seconds, usages = run_clients(port, words, 1000 * pair + 100 * (way is ask), way)
+            made[way] = sum(u["output_tokens"] for u in usages) / seconds, usages
+        pairs.append((made[ask][0], made[ask_stream][0], made[ask_stream][1]))
+    return pairs[1:]
+
+
+def report_streams():
+    pairs, lines = with_server(compare_streams, "--dialect", "openai")
+    engine = {line["response"]: line["queue_ms"] + line["prefill_ms"] for line in lines}
+    ratios = sorted(streamed / whole for whole, streamed, _ in pairs)
+    streams = [one for _, _, usages in pairs for one in usages]
+    late = sorted(one["times"][0] * 1e3 - engine[one["id"]] for one in streams)
+    gaps = sorted((b - a) * 1e3 for one in streams for a, b in zip(one["times"], one["times"][1:]))
+
+    def at(values, part):
+        return values[min(len(values) - 1, int(len(values) * part))]
+    print(f"{options.clients} clients, streamed: {statistics.median(ratios):.3f} of the whole answers' throughput "
+          f"({ratios[0]:.3f} to {ratios[-1]:.3f} in {len(ratios)} pairs)")
+    print(f"the first event comes {at(late, .5):.1f} ms after the engine's first token (median), "
+          f"{at(late, .99):.1f} ms (p99); gaps between events {at(gaps, .5):.1f} ms and {at(gaps, .99):.1f} ms")
 
 
 WORDS = ("river stone amber field quiet lantern copper winter orchard signal harbour "
          "meadow thunder canvas pepper ladder saddle violet marble timber").split()
+if options.stream:
+    report_streams()
+    raise SystemExit
 before = own_speed()
-seconds, fresh, out, lines = serve_all()
+(seconds, usages), lines = with_server(lambda port, words: run_clients(port, words, 1))
+fresh = sum(u["input_tokens"] - u["input_tokens_details"]["cached_tokens"] for u in usages)
+out = sum(u["output_tokens"] for u in usages)
 after = own_speed()
 prefill, decode = ((one + other) / 2 for one, other in zip(before, after))
 first = [(line["queue_ms"] + line["prefill_ms"]) / 1e3 for line in lines]
