@@ -152,33 +152,33 @@ _Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")") _Pragma("push_m
 _Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
 _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
 _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"Style\")")
-_Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")")
-_Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Todo\")")
-_Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")") _Pragma("push_macro(\"Turn\")")
-_Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"U\")")
-_Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Union\")") _Pragma("push_macro(\"Usage\")")
-_Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
-_Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
-_Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")")
-_Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")") _Pragma("push_macro(\"abs\")")
-_Pragma("push_macro(\"absolute\")") _Pragma("push_macro(\"accept\")")
-_Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")") _Pragma("push_macro(\"active\")")
-_Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")") _Pragma("push_macro(\"align\")")
-_Pragma("push_macro(\"alignas\")") _Pragma("push_macro(\"aligned\")")
-_Pragma("push_macro(\"aligned_alloc\")") _Pragma("push_macro(\"alignof\")")
-_Pragma("push_macro(\"all\")") _Pragma("push_macro(\"alternate\")")
-_Pragma("push_macro(\"always\")") _Pragma("push_macro(\"always_inline\")")
-_Pragma("push_macro(\"any\")") _Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")")
-_Pragma("push_macro(\"args\")") _Pragma("push_macro(\"argument\")")
-_Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")") _Pragma("push_macro(\"asprintf\")")
-_Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")") _Pragma("push_macro(\"atexit\")")
-_Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")") _Pragma("push_macro(\"atol\")")
-_Pragma("push_macro(\"atom\")") _Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")")
-_Pragma("push_macro(\"b\")") _Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")")
-_Pragma("push_macro(\"back\")") _Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")")
-_Pragma("push_macro(\"bcopy\")") _Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")")
-_Pragma("push_macro(\"bind\")") _Pragma("push_macro(\"bit\")") _Pragma("push_macro(\"bits\")")
-_Pragma("push_macro(\"blank\")") _Pragma("push_macro(\"block\")")
+_Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Take\")")
+_Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")")
+_Pragma("push_macro(\"Todo\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")")
+_Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")")
+_Pragma("push_macro(\"U\")") _Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Union\")")
+_Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")")
+_Pragma("push_macro(\"W\")") _Pragma("push_macro(\"WideCharToMultiByte\")")
+_Pragma("push_macro(\"Window\")") _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")")
+_Pragma("push_macro(\"a1\")") _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")")
+_Pragma("push_macro(\"abs\")") _Pragma("push_macro(\"absolute\")")
+_Pragma("push_macro(\"accept\")") _Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")")
+_Pragma("push_macro(\"active\")") _Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")")
+_Pragma("push_macro(\"align\")") _Pragma("push_macro(\"alignas\")")
+_Pragma("push_macro(\"aligned\")") _Pragma("push_macro(\"aligned_alloc\")")
+_Pragma("push_macro(\"alignof\")") _Pragma("push_macro(\"all\")")
+_Pragma("push_macro(\"alternate\")") _Pragma("push_macro(\"always\")")
+_Pragma("push_macro(\"always_inline\")") _Pragma("push_macro(\"any\")")
+_Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")") _Pragma("push_macro(\"args\")")
+_Pragma("push_macro(\"argument\")") _Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")")
+_Pragma("push_macro(\"asprintf\")") _Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")")
+_Pragma("push_macro(\"atexit\")") _Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")")
+_Pragma("push_macro(\"atol\")") _Pragma("push_macro(\"atom\")") _Pragma("push_macro(\"atomic\")")
+_Pragma("push_macro(\"auto\")") _Pragma("push_macro(\"b\")") _Pragma("push_macro(\"b0\")")
+_Pragma("push_macro(\"b1\")") _Pragma("push_macro(\"back\")") _Pragma("push_macro(\"batch\")")
+_Pragma("push_macro(\"bcmp\")") _Pragma("push_macro(\"bcopy\")") _Pragma("push_macro(\"begin\")")
+_Pragma("push_macro(\"below\")") _Pragma("push_macro(\"bind\")") _Pragma("push_macro(\"bit\")")
+_Pragma("push_macro(\"bits\")") _Pragma("push_macro(\"blank\")") _Pragma("push_macro(\"block\")")
 _Pragma("push_macro(\"block_size\")") _Pragma("push_macro(\"body\")")
 _Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
 _Pragma("push_macro(\"border\")") _Pragma("push_macro(\"bound\")")
@@ -633,6 +633,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef Style
 #undef T
 #undef Table
+#undef Take
 #undef Tensor
 #undef Text
 #undef Thread
@@ -8675,6 +8676,12 @@ void doc_add_surface(Json* schemas, const Surface* surface, Dialect dialect);
 /// Adds those that all surfaces refer to.
 void doc_add_shared(Json* schemas);
 
+// ---- What a request has beyond it ----------------------------------------------------------------
+
+/// The fields of a body that nothing here reads, without the places in arrays: "a, b.c", printable,
+/// at most 512 bytes. Threads: any.
+std::string ignored_fields(const Json& body, const Surface* surface, Dialect dialect);
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
@@ -9825,6 +9832,16 @@ Fault read_member(const JsonMember& member, Dialect dialect, Request* request) {
     return {};
 }
 
+/// The names of all fields that are read.
+template <class Take>
+void each_field(Take take) {
+    for (const TextOption& row : text_options) take(std::string_view(row.name));
+    for (const NumberOption& row : number_options) take(std::string_view(row.name));
+    for (const CountOption& row : count_options) take(std::string_view(row.name));
+    for (const SwitchOption& row : switch_options) take(std::string_view(row.name));
+    for (const RequestField& row : request_fields) take(std::string_view(row.name));
+}
+
 Fault check_background(const Request& request) {
     if (request.background && !request.store)
         return api_error("unsupported_value", "store",
@@ -10025,8 +10042,79 @@ Result<Request> read_request(const Json& body, Dialect dialect) {
     return request;
 }
 
+namespace {
+
+/// Fields of other surfaces, and what stands for them here.
+struct ForeignField {
+    std::string_view name;
+    const char* here;
+};
+constexpr ForeignField foreign_fields[] = {
+    {"messages", "'input'"},
+    {"system", "'instructions'"},
+    {"max_tokens", "'max_output_tokens'"},
+    {"max_completion_tokens", "'max_output_tokens'"},
+    {"response_format", "'text.format'"},
+    {"reasoning_effort", "'reasoning.effort'"},
+    {"thinking", "'reasoning.effort'"},
+    {"functions", "'tools'"},
+    {"function_call", "'tool_choice'"},
+    {"stop_sequences", "'stop'"},
+    {"logprobs", "'include': [\"message.output_text.logprobs\"]"},
+    {"n", "a request for each answer"},
+};
+constexpr size_t most_edits = 2, most_strange_names = 64;
+
+/// Letters to change, add or take away; more than most_edits where the lengths say so.
+size_t count_edits(std::string_view a, std::string_view b) {
+    if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > most_edits)
+        return most_edits + 1;
+    std::vector<size_t> row(b.size() + 1);
+    for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+    for (size_t i = 0; i < a.size(); ++i) {
+        size_t corner = std::exchange(row[0], i + 1);
+        for (size_t j = 0; j < b.size(); ++j) {
+            const size_t change = corner + (a[i] != b[j]);
+            corner = row[j + 1];
+            row[j + 1] = std::min({change, row[j + 1] + 1, row[j] + 1});
+        }
+    }
+    return row[b.size()];
+}
+
+/// A name that is none of ours, but of another surface or a slip of the hand. Others are newer
+/// than this, and left alone.
+Fault check_strange_name(const std::string& name) {
+    for (const ForeignField& row : foreign_fields)
+        if (row.name == name)
+            return api_error("unknown_parameter", name,
+                             join({"'", name, "' is of another surface: here it is ", row.here}));
+    Fault fault;
+    each_field([&](std::string_view ours) {
+        if (!fault && count_edits(name, ours) <= most_edits)
+            fault = api_error("unknown_parameter", name,
+                              join({"there is no '", name, "': did you mean '", ours, "'?"}));
+    });
+    return fault;
+}
+
+Fault check_names(const Json& body) {
+    size_t strange = 0;
+    for (const JsonMember& member : body.members()) {
+        bool known = false;
+        each_field([&](std::string_view ours) { known |= ours == member.key; });
+        if (known) continue;
+        if (++strange > most_strange_names) break;
+        if (Fault fault = check_strange_name(member.key)) return fault;
+    }
+    return {};
+}
+
+}  // namespace
+
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
+    if (Fault fault = check_names(body)) return std::move(*fault);
     const bool goes_on = dialect == Dialect::openai && (!body["previous_response_id"].is_null() ||
                                                         !body["conversation"].is_null());
     for (const std::string_view name : required_fields)
@@ -11160,6 +11248,101 @@ void doc_add_shared(Json* schemas) {
         .set("Tool", doc_tool())
         .set("ToolChoice", doc_tool_choice())
         .set("TextFormat", doc_format(false));
+}
+
+// ---- What a request has beyond it ----------------------------------------------------------------
+
+namespace {
+
+/// The schema of a surface's requests, and those that it refers to.
+struct DocRequest {
+    Json body, shared = Json::object();
+};
+
+const DocRequest& doc_known_request(const Surface* surface, Dialect dialect) {
+    static std::mutex mutex;
+    static std::map<std::pair<const Surface*, Dialect>, DocRequest> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    DocRequest& request = known[{surface, dialect}];
+    if (request.body.is_null()) {
+        request.body = surface ? doc_request(*surface, dialect) : doc_request(dialect);
+        doc_add_shared(&request.shared);
+    }
+    return request;
+}
+
+struct IgnoredFields {
+    const DocRequest& known;
+    std::vector<std::string> names = {};
+    size_t bytes = 0;
+    static constexpr size_t most_bytes = 512, most_name = 64;
+
+    /// The schemas that a value may be of, without references and choices.
+    void resolve(const Json& schema, std::vector<const Json*>* out) const {
+        if (const Json* name = schema.find("$ref")) {
+            const std::string_view path = name->as_string();
+            return resolve(known.shared[path.substr(path.rfind('/') + 1)], out);
+        }
+        if (const Json* choices = schema.find("anyOf"))
+            for (const Json& one : choices->items()) resolve(one, out);
+        else out->push_back(&schema);
+    }
+    void note(std::string name) {
+        if (std::find(names.begin(), names.end(), name) != names.end()) return;
+        if (bytes + name.size() + 2 > most_bytes) return;
+        bytes += name.size() + 2;
+        names.push_back(std::move(name));
+    }
+    void walk(const Json& value, std::span<const Json* const> schemas, const std::string& path);
+    void walk_object(const Json& value, std::span<const Json* const> schemas,
+                     const std::string& path);
+};
+
+void IgnoredFields::walk(const Json& value, std::span<const Json* const> schemas,
+                         const std::string& path) {
+    if (value.is_object()) return walk_object(value, schemas, path);
+    std::vector<const Json*> items;
+    for (const Json* schema : schemas)
+        if (const Json* one = schema->find("items")) resolve(*one, &items);
+    for (const Json& item : value.items())
+        if (!items.empty()) walk(item, items, path);
+}
+
+/// Where the value's `type` tells which schema it is of, by that; else by all of them.
+void IgnoredFields::walk_object(const Json& value, std::span<const Json* const> schemas,
+                                const std::string& path) {
+    std::vector<const Json*> fields, typed;
+    for (const Json* schema : schemas) {
+        const Json* properties = schema->find("properties");
+        if (!properties && (*schema)["type"].as_string() == "object") return;  // anything
+        if (!properties) continue;
+        fields.push_back(properties);
+        const Json& type = (*properties)["type"]["const"];
+        if (!type.is_null() && type == value["type"]) typed.push_back(properties);
+    }
+    if (!typed.empty()) fields = std::move(typed);
+    if (fields.empty()) return;
+    for (const JsonMember& member : value.members()) {
+        if (member.value.is_null()) continue;
+        std::vector<const Json*> below;
+        for (const Json* properties : fields)
+            if (const Json* schema = properties->find(member.key)) resolve(*schema, &below);
+        const std::string name = path + (path.empty() ? "" : ".") +
+                                 printable(member.key, most_name);
+        if (below.empty()) note(name);
+        else walk(member.value, below, name);
+    }
+}
+
+}  // namespace
+
+std::string ignored_fields(const Json& body, const Surface* surface, Dialect dialect) {
+    IgnoredFields ignored{doc_known_request(surface, dialect)};
+    const Json* schema = &ignored.known.body;
+    ignored.walk(body, {&schema, 1}, "");
+    std::string all;
+    for (const std::string& name : ignored.names) all += (all.empty() ? "" : ", ") + name;
+    return all;
 }
 
 }  // namespace detail
@@ -48011,6 +48194,7 @@ inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeo
 inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
 inline constexpr uint64_t server_expire_every_ns = 60'000'000'000;
 inline constexpr size_t server_min_secret = 16;
+inline constexpr size_t server_max_client_id = 128;            // of a request, given by its client
 inline constexpr size_t server_shown_bytes = 200;              // of a path in a log line or message
 inline constexpr int server_client_left = 499;                 // in the log only, as nginx has it
 inline constexpr uint32_t server_max_retry_s = 60;             // advised to a client
@@ -48092,7 +48276,7 @@ struct ServerLoop : HttpHandler {
     /// A request that is not answered yet.
     struct Exchange {
         uint64_t number = 0;  // in http
-        std::string request_id, method, path, argument, item, query;
+        std::string request_id, client_request_id, method, path, argument, item, query;
         std::string organisation = "default";
         std::string key_id = "open";
         std::string cors_origin;  // to be named in the reply
@@ -48105,9 +48289,10 @@ struct ServerLoop : HttpHandler {
         bool replayed = false;
         bool removes = false;  // waits for the end, then for the record to go
         AnswerForm form = {};
-        bool begun = false;    // has the head of a stream
-        bool follows = false;  // and its events as they come; else all at the end
-        Usage usage = {};      // for the log line
+        bool begun = false;        // has the head of a stream
+        bool follows = false;      // and its events as they come; else all at the end
+        std::string ignored = {};  // fields of the body that nothing reads
+        Usage usage = {};          // for the log line
         Timings timings = {};
     };
 
@@ -48173,6 +48358,7 @@ struct ServerLoop : HttpHandler {
         AnswerForm form = {};
         std::unique_ptr<EventWriter> events = {};  // of a stream
         std::string conversation_last = {};
+        std::string ignored = {};  // fields of the body
         Json raw = {};
     };
 
@@ -48796,17 +48982,20 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
     reply.status = status;
     reply.headers = std::move(headers);
     reply.headers.emplace_back("X-Request-ID", exchange.request_id);
+    if (!exchange.client_request_id.empty())
+        reply.headers.emplace_back("X-Client-Request-Id", exchange.client_request_id);
     if (!body.empty() && !find_header(reply.headers, "Content-Type"))
         reply.headers.emplace_back("Content-Type", "application/json");
     const bool names = exchange.route && exchange.route->surface && !exchange.response_id.empty();
     if (names && !find_header(reply.headers, "X-Valar-Response-Id"))
         reply.headers.emplace_back("X-Valar-Response-Id", exchange.response_id);
+    if (!exchange.ignored.empty()) reply.headers.emplace_back("X-Ignored-Fields", exchange.ignored);
     if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
     if (!exchange.cors_origin.empty()) {
         reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
         reply.headers.emplace_back("Access-Control-Expose-Headers",
-                                   "X-Request-ID, X-Valar-Response-Id, Retry-After, "
-                                   "Idempotent-Replayed");
+                                   "X-Request-ID, X-Client-Request-Id, X-Valar-Response-Id, "
+                                   "X-Ignored-Fields, Retry-After, Idempotent-Replayed");
     }
     const Surface* surface = exchange.route ? exchange.route->surface : nullptr;
     if (surface && surface->request_id)
@@ -48920,14 +49109,21 @@ void ServerLoop::log_exchange(const Exchange& exchange, int status) {
     answer_seconds += ms / 1e3;
     if (!options.log.write) return;
     Json line = Json::object();
-    line.set("id", exchange.request_id)
-        .set("method", printable(exchange.method))
+    line.set("id", exchange.request_id);
+    if (!exchange.client_request_id.empty())
+        line.set("client_request_id", exchange.client_request_id);
+    line.set("method", printable(exchange.method))
         .set("path", printable(exchange.path))
         .set("status", status)
         .set("ms", server_rounded(ms))
         .set("key", exchange.key_id)
         .set("response", printable(exchange.response_id))
         .set("replayed", exchange.replayed);
+    if (!exchange.ignored.empty()) {
+        std::string names = exchange.ignored;
+        std::erase(names, ' ');
+        line.set("ignored", names);
+    }
     log_line(std::move(line), exchange.usage, exchange.timings);
 }
 
@@ -49384,10 +49580,26 @@ std::string ServerLoop::make_request_id() {
     return server_uuid(random + std::exchange(random_used, random_used + 16));
 }
 
+namespace {
+
+/// What a client calls its request, where that may stand in a header and in a log line.
+std::string client_request_id(const HttpRequest& request) {
+    const auto is_visible = [](char c) { return c > ' ' && c < 0x7f; };
+    for (const char* name : {"X-Client-Request-Id", "X-Request-ID"})
+        if (const std::string* id = request.header(name);
+            id && !id->empty() && id->size() <= server_max_client_id &&
+            std::all_of(id->begin(), id->end(), is_visible))
+            return *id;
+    return {};
+}
+
+}  // namespace
+
 std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     Exchange exchange;
     exchange.number = request.exchange;
     exchange.request_id = make_request_id();
+    exchange.client_request_id = client_request_id(request);
     exchange.method = request.method;
     const size_t mark = std::min(request.target.find('?'), request.target.size());
     exchange.path = request.target.substr(0, mark);
@@ -49763,6 +49975,7 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     SurfaceBody read;
     auto request = read_request(*body, &job.form, &read);
     if (!request) return request.error();
+    job.ignored = ignored_fields(*body, job.form.surface, options.dialect);
     if (auto keyed = read_key(job, *body, *request); !keyed) return keyed.error();
     StoredResponse& stored = job.stored;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
@@ -49856,6 +50069,7 @@ void ServerLoop::accept_work(AcceptJob& job) {
 void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
+    exchange->ignored = std::move(job->ignored);
     if (!job->error && job->prepared && stopping)
         job->error = server_overloaded("the server is shutting down");
     if (!job->error && job->prepared && queued >= options.max_queued)
@@ -51186,6 +51400,9 @@ struct DocHeader {
 };
 constexpr DocHeader doc_headers[] = {
     {"X-Request-ID", "A UUID, which stands in the server's log too."},
+    {"X-Client-Request-Id",
+     "The one that the client gave, as X-Client-Request-Id or X-Request-ID."},
+    {"X-Ignored-Fields", "Those of the request that nothing here reads: a, b.c."},
     {"Retry-After", "Seconds.", 429},
     {"Retry-After", "Seconds.", 503},
     {"WWW-Authenticate", "Bearer.", 401},
@@ -52472,12 +52689,12 @@ _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
 _Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
 _Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")")
-_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")")
-_Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Todo\")") _Pragma("pop_macro(\"Token\")")
-_Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
-_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")")
-_Pragma("pop_macro(\"Union\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
-_Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Take\")") _Pragma("pop_macro(\"Tensor\")")
+_Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Todo\")")
+_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")")
+_Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")")
+_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Union\")") _Pragma("pop_macro(\"Usage\")")
+_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
 _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
 _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")

@@ -1156,6 +1156,16 @@ Fault read_member(const JsonMember& member, Dialect dialect, Request* request) {
     return {};
 }
 
+/// The names of all fields that are read.
+template <class Take>
+void each_field(Take take) {
+    for (const TextOption& row : text_options) take(std::string_view(row.name));
+    for (const NumberOption& row : number_options) take(std::string_view(row.name));
+    for (const CountOption& row : count_options) take(std::string_view(row.name));
+    for (const SwitchOption& row : switch_options) take(std::string_view(row.name));
+    for (const RequestField& row : request_fields) take(std::string_view(row.name));
+}
+
 Fault check_background(const Request& request) {
     if (request.background && !request.store)
         return api_error("unsupported_value", "store",
@@ -1356,8 +1366,79 @@ Result<Request> read_request(const Json& body, Dialect dialect) {
     return request;
 }
 
+namespace {
+
+/// Fields of other surfaces, and what stands for them here.
+struct ForeignField {
+    std::string_view name;
+    const char* here;
+};
+constexpr ForeignField foreign_fields[] = {
+    {"messages", "'input'"},
+    {"system", "'instructions'"},
+    {"max_tokens", "'max_output_tokens'"},
+    {"max_completion_tokens", "'max_output_tokens'"},
+    {"response_format", "'text.format'"},
+    {"reasoning_effort", "'reasoning.effort'"},
+    {"thinking", "'reasoning.effort'"},
+    {"functions", "'tools'"},
+    {"function_call", "'tool_choice'"},
+    {"stop_sequences", "'stop'"},
+    {"logprobs", "'include': [\"message.output_text.logprobs\"]"},
+    {"n", "a request for each answer"},
+};
+constexpr size_t most_edits = 2, most_strange_names = 64;
+
+/// Letters to change, add or take away; more than most_edits where the lengths say so.
+size_t count_edits(std::string_view a, std::string_view b) {
+    if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > most_edits)
+        return most_edits + 1;
+    std::vector<size_t> row(b.size() + 1);
+    for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+    for (size_t i = 0; i < a.size(); ++i) {
+        size_t corner = std::exchange(row[0], i + 1);
+        for (size_t j = 0; j < b.size(); ++j) {
+            const size_t change = corner + (a[i] != b[j]);
+            corner = row[j + 1];
+            row[j + 1] = std::min({change, row[j + 1] + 1, row[j] + 1});
+        }
+    }
+    return row[b.size()];
+}
+
+/// A name that is none of ours, but of another surface or a slip of the hand. Others are newer
+/// than this, and left alone.
+Fault check_strange_name(const std::string& name) {
+    for (const ForeignField& row : foreign_fields)
+        if (row.name == name)
+            return api_error("unknown_parameter", name,
+                             join({"'", name, "' is of another surface: here it is ", row.here}));
+    Fault fault;
+    each_field([&](std::string_view ours) {
+        if (!fault && count_edits(name, ours) <= most_edits)
+            fault = api_error("unknown_parameter", name,
+                              join({"there is no '", name, "': did you mean '", ours, "'?"}));
+    });
+    return fault;
+}
+
+Fault check_names(const Json& body) {
+    size_t strange = 0;
+    for (const JsonMember& member : body.members()) {
+        bool known = false;
+        each_field([&](std::string_view ours) { known |= ours == member.key; });
+        if (known) continue;
+        if (++strange > most_strange_names) break;
+        if (Fault fault = check_strange_name(member.key)) return fault;
+    }
+    return {};
+}
+
+}  // namespace
+
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
+    if (Fault fault = check_names(body)) return std::move(*fault);
     const bool goes_on = dialect == Dialect::openai && (!body["previous_response_id"].is_null() ||
                                                         !body["conversation"].is_null());
     for (const std::string_view name : required_fields)

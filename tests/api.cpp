@@ -62,6 +62,55 @@ TEST_CASE("bodies that are refused, and the first fault is the one that is named
         check(refusal, parse_response_request(parse(refusal.body)));
 }
 
+TEST_CASE("names of other surfaces and slips of the hand are refused, newer ones are not") {
+    const Refusal refusals[] = {
+        {R"({"model":"m","messages":[{"role":"user","content":"x"}]})", "unknown_parameter",
+         "messages"},
+        {R"({"model":"m","input":"x","max_tokens":5})", "unknown_parameter", "max_tokens"},
+        {R"({"model":"m","input":"x","n":null})", "unknown_parameter", "n"},
+        {R"({"model":"m","input":"x","temprature":1})", "unknown_parameter", "temprature"},
+        {R"({"model":"m","input":"x","Temperature":1})", "unknown_parameter", "Temperature"},
+        {R"({"modle":"m","input":"x"})", "unknown_parameter", "modle"},
+    };
+    for (const Refusal& refusal : refusals)
+        check(refusal, parse_response_request(parse(refusal.body)));
+    const auto near = parse_response_request(parse(R"({"model":"m","input":"x","temprature":1})"));
+    CHECK(near.error().message.find("did you mean 'temperature'?") != std::string::npos);
+    const auto other = parse_response_request(parse(R"({"model":"m","input":"x","max_tokens":1})"));
+    CHECK(other.error().message.find("'max_output_tokens'") != std::string::npos);
+    CHECK(with(R"("context_management":[],"client_metadata":{})").ok());
+    std::string many;
+    for (int i = 0; i < 200; ++i) many += "\"of_tomorrow_" + std::to_string(i) + "\":1,";
+    CHECK(with(many + R"("temprature":1)").ok());  // nobody looks that far
+}
+
+TEST_CASE("fields that nothing reads are named, once each") {
+    const auto ignored = [](const char* body, const Surface* surface = nullptr) {
+        return ignored_fields(parse(body), surface, Dialect::openai);
+    };
+    CHECK(ignored(R"({"model":"m","input":"x","temperature":1,"metadata":{"a":"b"}})") == "");
+    CHECK(ignored(R"({"model":"m","input":"x","later":{"deep":1},"never":null})") == "later");
+    CHECK(ignored(R"({"model":"m","text":{"format":{"type":"text"},"verbosity":"low"},
+        "input":[{"role":"user","content":[{"type":"input_text","text":"x","hue":1}],"mood":2},
+                 {"role":"user","content":"y","mood":3},
+                 {"type":"function_call","call_id":"c","name":"f","arguments":"{}","mood":4}],
+        "tools":[{"type":"function","name":"f","parameters":{"type":"object","any":1},"rank":1}]})") ==
+          "text.verbosity, input.content.hue, input.mood, tools.rank");
+    CHECK(ignored(R"({"model":"m","input":"x","a\r\nSet-Cookie: b":1})").find('\n') ==
+          std::string::npos);
+    std::string many = R"({"model":"m","input":"x")";
+    for (int i = 0; i < 100; ++i) many += ",\"of_tomorrow_" + std::to_string(i) + "\":1";
+    const std::string names = ignored((many + "}").c_str());
+    CHECK(names.size() <= 512);
+    CHECK(names.size() > 450);
+    CHECK(names.ends_with("_31"));
+    const std::string messages = R"("messages":[{"role":"user","content":"x","hue":1}])";
+    CHECK(ignored(("{\"model\":\"m\",\"stop\":\"y\"," + messages + "}").c_str(), &chat_surface) ==
+          "messages.hue");
+    CHECK(ignored(("{\"model\":\"m\",\"top\":1," + messages + "}").c_str(), &messages_surface) ==
+          "top, messages.hue");
+}
+
 TEST_CASE("fields that are refused") {
     const std::string long_user(257, 'u'), long_value(8193, 'v');
     const std::string user = "\"user\":\"" + long_user + "\"";

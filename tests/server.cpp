@@ -248,6 +248,56 @@ TEST_CASE("server: every reply has a request id of its own") {
     }
 }
 
+TEST_CASE("server: what a client calls its request comes back and is logged") {
+    Log log;
+    ServerOptions options;
+    options.log = log.sink();
+    Serving serving(options);
+    const std::string longest(128, '~');
+    const struct {
+        HttpHeaders headers;
+        std::string echoed;
+    } cases[] = {
+        {{{"X-Client-Request-Id", "mine/1"}}, "mine/1"},
+        {{{"X-Request-ID", longest}}, longest},
+        {{{"X-Request-ID", "other"}, {"X-Client-Request-Id", "mine"}}, "mine"},
+        {{{"X-Client-Request-Id", longest + "~"}}, ""},
+        {{{"X-Client-Request-Id", "two words"}}, ""},
+        {{{"X-Client-Request-Id", "\xc3\xa9"}}, ""},
+        {{{"X-Client-Request-Id", ""}, {"X-Request-ID", "then-this"}}, "then-this"},
+        {{}, ""},
+    };
+    for (const auto& row : cases)
+        for (const char* path : {"/health", "/nothing"}) {
+            const HttpReply reply = serving.call("GET", path, {}, row.headers);
+            CHECK(field(reply, "X-Client-Request-Id") ==
+                  (row.echoed.empty() ? "(none)" : row.echoed));
+            CHECK(field(reply, "X-Request-ID").size() == 36);
+            const std::string lines = log.text();
+            const std::string line = "id=" + field(reply, "X-Request-ID") + " " +
+                                     (row.echoed.empty() ? ""
+                                                         : "client_request_id=" + row.echoed + " ");
+            CHECK(lines.find(line + "method=GET") != std::string::npos);
+        }
+}
+
+TEST_CASE("server: what of a body nobody reads is said") {
+    Log log;
+    ServerOptions options;
+    options.dialect = Dialect::openai;
+    options.log = log.sink();
+    Serving serving(options);
+    for (const bool stream : {false, true}) {
+        const std::string more = stream ? R"(,"stream":true)" : "";
+        const HttpReply reply = serving.post(
+            R"({"model":"fake","input":"x","later":1,"text":{"verbosity":"low"})" + more + "}");
+        CHECK(reply.status == 200);
+        CHECK(field(reply, "X-Ignored-Fields") == "later, text.verbosity");
+    }
+    CHECK(field(serving.post(R"({"model":"fake","input":"x"})"), "X-Ignored-Fields") == "(none)");
+    CHECK(log.text().find(" ignored=later,text.verbosity ") != std::string::npos);
+}
+
 TEST_CASE("server: of several faults the one that is checked first is told") {
     ServerOptions options = with_keys();
     options.max_body_bytes = 400;

@@ -1,12 +1,15 @@
 #include "prologue.hpp"
 
 #include "api/document.hpp"
+#include "base/text.hpp"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -338,6 +341,101 @@ void doc_add_shared(Json* schemas) {
         .set("Tool", doc_tool())
         .set("ToolChoice", doc_tool_choice())
         .set("TextFormat", doc_format(false));
+}
+
+// ---- What a request has beyond it ----------------------------------------------------------------
+
+namespace {
+
+/// The schema of a surface's requests, and those that it refers to.
+struct DocRequest {
+    Json body, shared = Json::object();
+};
+
+const DocRequest& doc_known_request(const Surface* surface, Dialect dialect) {
+    static std::mutex mutex;
+    static std::map<std::pair<const Surface*, Dialect>, DocRequest> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    DocRequest& request = known[{surface, dialect}];
+    if (request.body.is_null()) {
+        request.body = surface ? doc_request(*surface, dialect) : doc_request(dialect);
+        doc_add_shared(&request.shared);
+    }
+    return request;
+}
+
+struct IgnoredFields {
+    const DocRequest& known;
+    std::vector<std::string> names = {};
+    size_t bytes = 0;
+    static constexpr size_t most_bytes = 512, most_name = 64;
+
+    /// The schemas that a value may be of, without references and choices.
+    void resolve(const Json& schema, std::vector<const Json*>* out) const {
+        if (const Json* name = schema.find("$ref")) {
+            const std::string_view path = name->as_string();
+            return resolve(known.shared[path.substr(path.rfind('/') + 1)], out);
+        }
+        if (const Json* choices = schema.find("anyOf"))
+            for (const Json& one : choices->items()) resolve(one, out);
+        else out->push_back(&schema);
+    }
+    void note(std::string name) {
+        if (std::find(names.begin(), names.end(), name) != names.end()) return;
+        if (bytes + name.size() + 2 > most_bytes) return;
+        bytes += name.size() + 2;
+        names.push_back(std::move(name));
+    }
+    void walk(const Json& value, std::span<const Json* const> schemas, const std::string& path);
+    void walk_object(const Json& value, std::span<const Json* const> schemas,
+                     const std::string& path);
+};
+
+void IgnoredFields::walk(const Json& value, std::span<const Json* const> schemas,
+                         const std::string& path) {
+    if (value.is_object()) return walk_object(value, schemas, path);
+    std::vector<const Json*> items;
+    for (const Json* schema : schemas)
+        if (const Json* one = schema->find("items")) resolve(*one, &items);
+    for (const Json& item : value.items())
+        if (!items.empty()) walk(item, items, path);
+}
+
+/// Where the value's `type` tells which schema it is of, by that; else by all of them.
+void IgnoredFields::walk_object(const Json& value, std::span<const Json* const> schemas,
+                                const std::string& path) {
+    std::vector<const Json*> fields, typed;
+    for (const Json* schema : schemas) {
+        const Json* properties = schema->find("properties");
+        if (!properties && (*schema)["type"].as_string() == "object") return;  // anything
+        if (!properties) continue;
+        fields.push_back(properties);
+        const Json& type = (*properties)["type"]["const"];
+        if (!type.is_null() && type == value["type"]) typed.push_back(properties);
+    }
+    if (!typed.empty()) fields = std::move(typed);
+    if (fields.empty()) return;
+    for (const JsonMember& member : value.members()) {
+        if (member.value.is_null()) continue;
+        std::vector<const Json*> below;
+        for (const Json* properties : fields)
+            if (const Json* schema = properties->find(member.key)) resolve(*schema, &below);
+        const std::string name = path + (path.empty() ? "" : ".") +
+                                 printable(member.key, most_name);
+        if (below.empty()) note(name);
+        else walk(member.value, below, name);
+    }
+}
+
+}  // namespace
+
+std::string ignored_fields(const Json& body, const Surface* surface, Dialect dialect) {
+    IgnoredFields ignored{doc_known_request(surface, dialect)};
+    const Json* schema = &ignored.known.body;
+    ignored.walk(body, {&schema, 1}, "");
+    std::string all;
+    for (const std::string& name : ignored.names) all += (all.empty() ? "" : ", ") + name;
+    return all;
 }
 
 }  // namespace detail

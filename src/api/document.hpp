@@ -59,6 +59,12 @@ void doc_add_surface(Json* schemas, const Surface* surface, Dialect dialect);
 /// Adds those that all surfaces refer to.
 void doc_add_shared(Json* schemas);
 
+// ---- What a request has beyond it ----------------------------------------------------------------
+
+/// The fields of a body that nothing here reads, without the places in arrays: "a, b.c", printable,
+/// at most 512 bytes. Threads: any.
+std::string ignored_fields(const Json& body, const Surface* surface, Dialect dialect);
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar

@@ -171,10 +171,26 @@ std::string ServerLoop::make_request_id() {
     return server_uuid(random + std::exchange(random_used, random_used + 16));
 }
 
+namespace {
+
+/// What a client calls its request, where that may stand in a header and in a log line.
+std::string client_request_id(const HttpRequest& request) {
+    const auto is_visible = [](char c) { return c > ' ' && c < 0x7f; };
+    for (const char* name : {"X-Client-Request-Id", "X-Request-ID"})
+        if (const std::string* id = request.header(name);
+            id && !id->empty() && id->size() <= server_max_client_id &&
+            std::all_of(id->begin(), id->end(), is_visible))
+            return *id;
+    return {};
+}
+
+}  // namespace
+
 std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     Exchange exchange;
     exchange.number = request.exchange;
     exchange.request_id = make_request_id();
+    exchange.client_request_id = client_request_id(request);
     exchange.method = request.method;
     const size_t mark = std::min(request.target.find('?'), request.target.size());
     exchange.path = request.target.substr(0, mark);

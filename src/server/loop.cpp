@@ -81,17 +81,20 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
     reply.status = status;
     reply.headers = std::move(headers);
     reply.headers.emplace_back("X-Request-ID", exchange.request_id);
+    if (!exchange.client_request_id.empty())
+        reply.headers.emplace_back("X-Client-Request-Id", exchange.client_request_id);
     if (!body.empty() && !find_header(reply.headers, "Content-Type"))
         reply.headers.emplace_back("Content-Type", "application/json");
     const bool names = exchange.route && exchange.route->surface && !exchange.response_id.empty();
     if (names && !find_header(reply.headers, "X-Valar-Response-Id"))
         reply.headers.emplace_back("X-Valar-Response-Id", exchange.response_id);
+    if (!exchange.ignored.empty()) reply.headers.emplace_back("X-Ignored-Fields", exchange.ignored);
     if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
     if (!exchange.cors_origin.empty()) {
         reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
         reply.headers.emplace_back("Access-Control-Expose-Headers",
-                                   "X-Request-ID, X-Valar-Response-Id, Retry-After, "
-                                   "Idempotent-Replayed");
+                                   "X-Request-ID, X-Client-Request-Id, X-Valar-Response-Id, "
+                                   "X-Ignored-Fields, Retry-After, Idempotent-Replayed");
     }
     const Surface* surface = exchange.route ? exchange.route->surface : nullptr;
     if (surface && surface->request_id)
@@ -205,14 +208,21 @@ void ServerLoop::log_exchange(const Exchange& exchange, int status) {
     answer_seconds += ms / 1e3;
     if (!options.log.write) return;
     Json line = Json::object();
-    line.set("id", exchange.request_id)
-        .set("method", printable(exchange.method))
+    line.set("id", exchange.request_id);
+    if (!exchange.client_request_id.empty())
+        line.set("client_request_id", exchange.client_request_id);
+    line.set("method", printable(exchange.method))
         .set("path", printable(exchange.path))
         .set("status", status)
         .set("ms", server_rounded(ms))
         .set("key", exchange.key_id)
         .set("response", printable(exchange.response_id))
         .set("replayed", exchange.replayed);
+    if (!exchange.ignored.empty()) {
+        std::string names = exchange.ignored;
+        std::erase(names, ' ');
+        line.set("ignored", names);
+    }
     log_line(std::move(line), exchange.usage, exchange.timings);
 }
 

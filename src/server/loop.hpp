@@ -41,6 +41,7 @@ inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeo
 inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
 inline constexpr uint64_t server_expire_every_ns = 60'000'000'000;
 inline constexpr size_t server_min_secret = 16;
+inline constexpr size_t server_max_client_id = 128;            // of a request, given by its client
 inline constexpr size_t server_shown_bytes = 200;              // of a path in a log line or message
 inline constexpr int server_client_left = 499;                 // in the log only, as nginx has it
 inline constexpr uint32_t server_max_retry_s = 60;             // advised to a client
@@ -122,7 +123,7 @@ struct ServerLoop : HttpHandler {
     /// A request that is not answered yet.
     struct Exchange {
         uint64_t number = 0;  // in http
-        std::string request_id, method, path, argument, item, query;
+        std::string request_id, client_request_id, method, path, argument, item, query;
         std::string organisation = "default";
         std::string key_id = "open";
         std::string cors_origin;  // to be named in the reply
@@ -135,9 +136,10 @@ struct ServerLoop : HttpHandler {
         bool replayed = false;
         bool removes = false;  // waits for the end, then for the record to go
         AnswerForm form = {};
-        bool begun = false;    // has the head of a stream
-        bool follows = false;  // and its events as they come; else all at the end
-        Usage usage = {};      // for the log line
+        bool begun = false;        // has the head of a stream
+        bool follows = false;      // and its events as they come; else all at the end
+        std::string ignored = {};  // fields of the body that nothing reads
+        Usage usage = {};          // for the log line
         Timings timings = {};
     };
 
@@ -203,6 +205,7 @@ struct ServerLoop : HttpHandler {
         AnswerForm form = {};
         std::unique_ptr<EventWriter> events = {};  // of a stream
         std::string conversation_last = {};
+        std::string ignored = {};  // fields of the body
         Json raw = {};
     };
 

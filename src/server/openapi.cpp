@@ -65,6 +65,9 @@ struct DocHeader {
 };
 constexpr DocHeader doc_headers[] = {
     {"X-Request-ID", "A UUID, which stands in the server's log too."},
+    {"X-Client-Request-Id",
+     "The one that the client gave, as X-Client-Request-Id or X-Request-ID."},
+    {"X-Ignored-Fields", "Those of the request that nothing here reads: a, b.c."},
     {"Retry-After", "Seconds.", 429},
     {"Retry-After", "Seconds.", 503},
     {"WWW-Authenticate", "Bearer.", 401},

@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "api/document.hpp"
 #include "server/loop.hpp"
 
 #include <algorithm>
@@ -209,6 +210,7 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     SurfaceBody read;
     auto request = read_request(*body, &job.form, &read);
     if (!request) return request.error();
+    job.ignored = ignored_fields(*body, job.form.surface, options.dialect);
     if (auto keyed = read_key(job, *body, *request); !keyed) return keyed.error();
     StoredResponse& stored = job.stored;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
@@ -302,6 +304,7 @@ void ServerLoop::accept_work(AcceptJob& job) {
 void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
+    exchange->ignored = std::move(job->ignored);
     if (!job->error && job->prepared && stopping)
         job->error = server_overloaded("the server is shutting down");
     if (!job->error && job->prepared && queued >= options.max_queued)
