@@ -407,7 +407,8 @@ void IgnoredFields::walk_object(const Json& value, std::span<const Json* const> 
     std::vector<const Json*> fields, typed;
     for (const Json* schema : schemas) {
         const Json* properties = schema->find("properties");
-        if (!properties && (*schema)["type"].as_string() == "object") return;  // anything
+        const bool any = !properties || schema->contains("additionalProperties");
+        if (any && (*schema)["type"].write().find("\"object\"") != std::string::npos) return;
         if (!properties) continue;
         fields.push_back(properties);
         const Json& type = (*properties)["type"]["const"];
