@@ -89,6 +89,7 @@ def langchain_openai():
 
 
 def litellm():
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it looks for prices on the net
     import litellm
     litellm.telemetry = False
     litellm.suppress_debug_info = True
