@@ -41888,8 +41888,8 @@ struct Mailbox {
     bool put_logprob(const TokenLogprob& more) {
         return put([&] { logprobs.push_back(more); });
     }
-    bool put_progress(const PromptProgress& far) {
-        return put([&] { progress = far; });
+    bool put_progress(const PromptProgress& now) {
+        return put([&] { progress = now; });
     }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));

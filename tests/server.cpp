@@ -2087,7 +2087,7 @@ TEST_CASE("server: openai: many change one conversation at once, and nothing is 
     const std::string id = talk.start("{}");
     std::vector<std::thread> clients;
     for (int i = 0; i < 4; ++i)
-        clients.emplace_back([&, i] {
+        clients.emplace_back([&] {
             for (int turn = 0; turn < 5; ++turn) {
                 Talk own{serving, talk.path};
                 own.send("POST", "/items", R"({"items":[{"role":"user","content":"w"}]})");
