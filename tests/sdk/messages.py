@@ -9,6 +9,7 @@ import typing
 
 import anthropic
 import pydantic
+from extras import extras
 
 base_url, key, model, dialect = sys.argv[1:5]
 base_url = base_url.removesuffix("/v1")
@@ -23,17 +24,6 @@ def check(condition, what):
     checks += 1
     if not condition:
         sys.exit(f"messages.py: {what}")
-
-
-def extras(value, path=""):
-    """Keys that a model of the package does not know."""
-    if isinstance(value, pydantic.BaseModel):
-        yield from (path + name for name in value.model_extra or {})
-        for name in type(value).model_fields:
-            yield from extras(getattr(value, name, None), f"{path}{name}.")
-    elif isinstance(value, list):
-        for one in value:
-            yield from extras(one, path)
 
 
 def valid(message):

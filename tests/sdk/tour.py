@@ -15,7 +15,7 @@ import uuid
 import jsonschema
 import openai
 import openresponses_types.types as openresponses
-import pydantic
+from extras import extras
 from openai.types.responses import Response
 from openai.types.responses.response_item_list import ResponseItemList
 
@@ -51,17 +51,6 @@ def unknown(sent, known, path=""):
     elif isinstance(sent, list) and isinstance(known, list):
         for one, other in zip(sent, known):
             yield from unknown(one, other, path)
-
-
-def extras(value, path=""):
-    """Keys that a model of the openai package does not know."""
-    if isinstance(value, pydantic.BaseModel):
-        yield from (path + name for name in value.model_extra or {})
-        for name in type(value).model_fields:
-            yield from extras(getattr(value, name, None), f"{path}{name}.")
-    elif isinstance(value, list):
-        for one in value:
-            yield from extras(one, path)
 
 
 def valid(reply, left_out=(), beyond=False):
