@@ -2549,8 +2549,13 @@ TEST_CASE("several models: a busy one gives way after its turn, an idle one afte
         models, {.memory_limit = limit, .keep_loaded_ms = 1, .turn_ms = 5, .preload = false});
     REQUIRE(pool);
     CHECK(pool->memory_used() == 0);
-    REQUIRE(pool->start());
     const auto responders = pool->responders();
+    Asked unwanted(responders[0], ask("hello world"), "unwanted");
+    responders[0]->cancel("unwanted");
+    REQUIRE(pool->start());
+    CHECK(unwanted.wait().status == Status::cancelled);
+    CHECK(responders[0]->stats().batches == 0);
+    CHECK(pool->memory_used() == 0);  // nothing was loaded for it
     std::vector<Asked> busy;
     for (int i = 0; i < 4; ++i)
         busy.emplace_back(responders[1], ask("long", 400), "busy" + std::to_string(i));

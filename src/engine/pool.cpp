@@ -168,6 +168,7 @@ bool EnginePool::State::step(Member& member, uint64_t now) {
     }
     member.used_ns = now;
     member.engine->scheduler.take_cancels();
+    if (!member.has_work()) return true;  // nobody wants it any more
     if (!member.resident()) {
         if (!make_room(member, now)) return false;
         used.fetch_add(member.bytes, std::memory_order_relaxed);

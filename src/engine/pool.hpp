@@ -11,10 +11,9 @@ namespace valar {
 inline namespace v1 {
 
 struct EnginePoolOptions {
-    /// Bytes of all models that are loaded at a time, as memory_plan() counts them. 0: what the
-    /// system has for this process, but for an eighth. Where a model sets no limit of its own and
-    /// not all fit as they would be alone, they share what weights and scratch leave; where that
-    /// would shorten a context, each may take it all, and they take turns.
+    /// Bytes of all models loaded at a time, as memory_plan() counts. 0: what the system has for this
+    /// process, but for an eighth. Where models without limits of their own do not fit as they would
+    /// be alone, they share what weights and scratch leave, or, if that cut a context, take turns.
     uint64_t memory_limit = 0;
     uint32_t keep_loaded_ms = 0;  ///< without a request; then it is let go. 0: until room is wanted
     uint32_t turn_ms = 10'000;    ///< that a model works while another waits for its room
