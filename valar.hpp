@@ -9244,24 +9244,16 @@ Json write_reasoning(const Request& request) {
 
 // ---- Tools -------------------------------------------------------------------------------------
 
-// Tools that are known, and none of ours. Those that a server runs by itself come first.
-bool is_hosted_tool(std::string_view type, bool by_server = false) {
-    static constexpr std::string_view hosted[] = {"web_search",
-                                                  "web_search_preview",
-                                                  "file_search",
-                                                  "code_interpreter",
-                                                  "image_generation",
-                                                  "mcp",
-                                                  "computer",
-                                                  "computer_use",
-                                                  "computer_use_preview",
-                                                  "local_shell",
-                                                  "shell",
-                                                  "apply_patch",
-                                                  "namespace",
-                                                  "tool_search"};
-    const auto* end = by_server ? hosted + 6 : std::end(hosted);
-    return std::find(hosted, end, type) != end;
+// Tools that are known, and none of ours: that a server runs by itself, or a client in a way of its own.
+constexpr std::string_view server_tools[] = {"web_search",       "web_search_preview",
+                                             "file_search",      "code_interpreter",
+                                             "image_generation", "mcp"};
+constexpr std::string_view client_tools[] = {"computer",    "computer_use", "computer_use_preview",
+                                             "local_shell", "shell",        "apply_patch",
+                                             "namespace",   "tool_search"};
+
+bool is_one_of(std::string_view type, std::span<const std::string_view> types) {
+    return std::find(types.begin(), types.end(), type) != types.end();
 }
 
 bool is_own_tool(const Json& type) {
@@ -9275,8 +9267,11 @@ constexpr std::span tool_types = std::span(choice_types).first<2>();
 Fault check_tool_type(const Json& type, const std::string& path,
                       std::span<const std::string_view> choices) {
     if (type.is_null()) return api_missing(path);
-    return check_choice(type, path, choices,
-                        is_hosted_tool(type.as_string()) ? "unsupported_value" : "invalid_value");
+    return check_choice(
+        type, path, choices,
+        is_one_of(type.as_string(), server_tools) || is_one_of(type.as_string(), client_tools)
+            ? "unsupported_value"
+            : "invalid_value");
 }
 
 Fault read_tool(const Json& json, const std::string& path, Tool* out) {
@@ -9327,7 +9322,7 @@ Fault openai_tools(const Json& value, Request* request) {
     if (!value.is_array()) return api_wrong_type("tools", "an array", value);
     for (size_t i = 0; i < value.size(); ++i) {
         const Json& type = value[i]["type"];
-        if (type.is_string() && !is_own_tool(type) && !is_hosted_tool(type.as_string(), true))
+        if (type.is_string() && !is_own_tool(type) && !is_one_of(type.as_string(), server_tools))
             continue;
         if (Fault fault = read_tool(value[i], api_index("tools", i),
                                     &request->tools.emplace_back()))
@@ -12177,11 +12172,8 @@ Fault messages_thinking(const Json& value, SurfaceBody* out) {
         const Json& budget = value["budget_tokens"];
         const std::string path = "thinking.budget_tokens";
         if (budget.is_null()) return api_missing(path);
-        if (!budget.is_int()) return api_wrong_type(path, "an integer", budget);
-        if (budget.as_int() < messages_least_budget)
-            return api_error(
-                "integer_below_min_value", path,
-                "'" + path + "' must be at least 1024, but " + budget.write() + " was received");
+        if (Fault fault = check_integer(budget, path, messages_least_budget, INT64_MAX))
+            return fault;
         effort = messages_effort(budget.as_int());
     }
     if (effort) out->body.set("reasoning", Json::object().set("effort", effort));

@@ -347,11 +347,8 @@ Fault messages_thinking(const Json& value, SurfaceBody* out) {
         const Json& budget = value["budget_tokens"];
         const std::string path = "thinking.budget_tokens";
         if (budget.is_null()) return api_missing(path);
-        if (!budget.is_int()) return api_wrong_type(path, "an integer", budget);
-        if (budget.as_int() < messages_least_budget)
-            return api_error(
-                "integer_below_min_value", path,
-                "'" + path + "' must be at least 1024, but " + budget.write() + " was received");
+        if (Fault fault = check_integer(budget, path, messages_least_budget, INT64_MAX))
+            return fault;
         effort = messages_effort(budget.as_int());
     }
     if (effort) out->body.set("reasoning", Json::object().set("effort", effort));
