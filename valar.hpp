@@ -2163,11 +2163,12 @@ struct ToolChoice {
 /// What a model that can think may: none; 64, 256, 1024, 4096, 16384 tokens of it.
 enum class Effort : uint8_t { none, minimal, low, medium, high, xhigh };
 
-/// A prompt as it is, which no chat template makes a conversation of: these tokens or, without any,
-/// the text of the input. `suffix`: what comes after the answer, for models that can fill in.
+/// A prompt as it is, past the chat template. Its text, that of the input, may spell control tokens.
+/// Errors: beside a format, tools or an effort; a token out of the vocabulary; a suffix where the
+/// model has no marks for a gap.
 struct RawPrompt {
-    std::vector<int32_t> tokens = {};
-    std::string suffix = {};
+    std::vector<int32_t> tokens = {};  ///< ids in place of the text; none: the text
+    std::string suffix = {};           ///< what comes after the answer, which fills the gap
 };
 
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
@@ -9909,6 +9910,9 @@ Fault check_tools(const Request& request) {
 Fault check_rules(const Request& request) {
     if (request.input.empty() && !request.raw)
         return api_error("missing_required_parameter", "input", "input: missing or empty");
+    if (request.raw && (!request.format.empty() || !request.tools.empty() || request.effort))
+        return api_error("invalid_value", "raw",
+                         "raw: a prompt past the template takes no format, tools or effort");
     if (Fault fault = check_ranges(request)) return fault;
     if (Fault fault = check_stops(request.stop)) return fault;
     if (Fault fault = check_format(request.format, "text.format")) return fault;

@@ -1234,6 +1234,9 @@ Fault check_tools(const Request& request) {
 Fault check_rules(const Request& request) {
     if (request.input.empty() && !request.raw)
         return api_error("missing_required_parameter", "input", "input: missing or empty");
+    if (request.raw && (!request.format.empty() || !request.tools.empty() || request.effort))
+        return api_error("invalid_value", "raw",
+                         "raw: a prompt past the template takes no format, tools or effort");
     if (Fault fault = check_ranges(request)) return fault;
     if (Fault fault = check_stops(request.stop)) return fault;
     if (Fault fault = check_format(request.format, "text.format")) return fault;

@@ -1526,6 +1526,14 @@ TEST_CASE("a raw prompt goes past the template; around a gap the model's marks a
     CHECK(refused(engine, raw("x", {{1}, "y"})) == "invalid_value suffix");
     Engine plain = open_tiny();
     CHECK(refused(plain, raw("x", {{}, "y"})) == "unsupported_value suffix");
+    using Change = void (*)(Request&);
+    for (const Change change : {Change([](Request& r) { r.format.regex = "y"; }),
+                                Change([](Request& r) { r.tools = {{.name = "f"}}; }),
+                                Change([](Request& r) { r.effort = Effort::low; })}) {
+        Request request = raw("x");
+        change(request);
+        CHECK(refused(engine, request) == "invalid_value raw");
+    }
 }
 
 TEST_CASE("a prompt is read piece by piece, and the reply told of each if it asked") {
