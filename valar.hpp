@@ -113,30 +113,31 @@
 #if !defined(VALAR_HPP) || (defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED))
 
 _Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"At\")") _Pragma("push_macro(\"B16\")")
-_Pragma("push_macro(\"BOOL\")") _Pragma("push_macro(\"Begin\")") _Pragma("push_macro(\"Bound\")")
-_Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"Bytes\")") _Pragma("push_macro(\"C\")")
-_Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")")
-_Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")")
-_Pragma("push_macro(\"Difference\")") _Pragma("push_macro(\"Done\")")
-_Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")")
-_Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
+_Pragma("push_macro(\"BOOL\")") _Pragma("push_macro(\"Batch\")") _Pragma("push_macro(\"Begin\")")
+_Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"Bytes\")")
+_Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")")
+_Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")")
+_Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Difference\")")
+_Pragma("push_macro(\"Done\")") _Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")")
+_Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
 _Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"F16\")") _Pragma("push_macro(\"F32\")")
 _Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")")
 _Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Format\")") _Pragma("push_macro(\"Frame\")")
 _Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_macro(\"H\")")
-_Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")") _Pragma("push_macro(\"In\")")
-_Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")") _Pragma("push_macro(\"Items\")")
-_Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
-_Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Key\")")
-_Pragma("push_macro(\"Kind\")") _Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Length\")")
-_Pragma("push_macro(\"Level\")") _Pragma("push_macro(\"List\")") _Pragma("push_macro(\"Live\")")
-_Pragma("push_macro(\"Lo\")") _Pragma("push_macro(\"Loop\")") _Pragma("push_macro(\"Map\")")
-_Pragma("push_macro(\"Mark\")") _Pragma("push_macro(\"Match\")") _Pragma("push_macro(\"Merge\")")
-_Pragma("push_macro(\"Middle\")") _Pragma("push_macro(\"Mode\")") _Pragma("push_macro(\"Move\")")
-_Pragma("push_macro(\"MultiByteToWideChar\")") _Pragma("push_macro(\"N\")")
-_Pragma("push_macro(\"Nl\")") _Pragma("push_macro(\"No\")") _Pragma("push_macro(\"Node\")")
-_Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")") _Pragma("push_macro(\"Object\")")
-_Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"Order\")")
+_Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")") _Pragma("push_macro(\"Host\")")
+_Pragma("push_macro(\"In\")") _Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")")
+_Pragma("push_macro(\"Items\")") _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")")
+_Pragma("push_macro(\"Job\")") _Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")")
+_Pragma("push_macro(\"Key\")") _Pragma("push_macro(\"Kind\")") _Pragma("push_macro(\"L\")")
+_Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"Level\")") _Pragma("push_macro(\"List\")")
+_Pragma("push_macro(\"Live\")") _Pragma("push_macro(\"Lo\")") _Pragma("push_macro(\"Loop\")")
+_Pragma("push_macro(\"Map\")") _Pragma("push_macro(\"Mark\")") _Pragma("push_macro(\"Match\")")
+_Pragma("push_macro(\"Merge\")") _Pragma("push_macro(\"Middle\")") _Pragma("push_macro(\"Mode\")")
+_Pragma("push_macro(\"Move\")") _Pragma("push_macro(\"MultiByteToWideChar\")")
+_Pragma("push_macro(\"N\")") _Pragma("push_macro(\"Name\")") _Pragma("push_macro(\"Nl\")")
+_Pragma("push_macro(\"No\")") _Pragma("push_macro(\"Node\")") _Pragma("push_macro(\"Number\")")
+_Pragma("push_macro(\"OFF\")") _Pragma("push_macro(\"Object\")") _Pragma("push_macro(\"Offset\")")
+_Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"Operator\")") _Pragma("push_macro(\"Order\")")
 _Pragma("push_macro(\"P\")") _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
 _Pragma("push_macro(\"Part\")") _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")")
 _Pragma("push_macro(\"Pi\")") _Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Property\")")
@@ -152,14 +153,14 @@ _Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")") _Pragma("push_m
 _Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
 _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
 _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"Style\")")
-_Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Take\")")
-_Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")")
-_Pragma("push_macro(\"Todo\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")")
-_Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")")
-_Pragma("push_macro(\"U\")") _Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Union\")")
-_Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")")
-_Pragma("push_macro(\"W\")") _Pragma("push_macro(\"WideCharToMultiByte\")")
-_Pragma("push_macro(\"Window\")") _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")")
+_Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")")
+_Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Todo\")")
+_Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")") _Pragma("push_macro(\"Turn\")")
+_Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"U\")")
+_Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Union\")") _Pragma("push_macro(\"Usage\")")
+_Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
+_Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
+_Pragma("push_macro(\"Write\")") _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")")
 _Pragma("push_macro(\"a1\")") _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")")
 _Pragma("push_macro(\"abs\")") _Pragma("push_macro(\"absolute\")")
 _Pragma("push_macro(\"accept\")") _Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")")
@@ -194,38 +195,40 @@ _Pragma("push_macro(\"chdir\")") _Pragma("push_macro(\"check\")")
 _Pragma("push_macro(\"check_text\")") _Pragma("push_macro(\"check_type\")")
 _Pragma("push_macro(\"child\")") _Pragma("push_macro(\"chmod\")") _Pragma("push_macro(\"clamp\")")
 _Pragma("push_macro(\"class\")") _Pragma("push_macro(\"clear\")")
-_Pragma("push_macro(\"clearerr\")") _Pragma("push_macro(\"clock\")")
-_Pragma("push_macro(\"close\")") _Pragma("push_macro(\"closedir\")")
-_Pragma("push_macro(\"code\")") _Pragma("push_macro(\"cols\")") _Pragma("push_macro(\"column\")")
-_Pragma("push_macro(\"columns\")") _Pragma("push_macro(\"comma\")")
-_Pragma("push_macro(\"comment\")") _Pragma("push_macro(\"commit\")")
-_Pragma("push_macro(\"common\")") _Pragma("push_macro(\"compare\")")
-_Pragma("push_macro(\"complete\")") _Pragma("push_macro(\"compute\")")
-_Pragma("push_macro(\"concat\")") _Pragma("push_macro(\"concept\")")
-_Pragma("push_macro(\"condition\")") _Pragma("push_macro(\"config\")")
-_Pragma("push_macro(\"connect\")") _Pragma("push_macro(\"const\")")
-_Pragma("push_macro(\"const_cast\")") _Pragma("push_macro(\"constant\")")
-_Pragma("push_macro(\"constants\")") _Pragma("push_macro(\"consteval\")")
-_Pragma("push_macro(\"constexpr\")") _Pragma("push_macro(\"constinit\")")
-_Pragma("push_macro(\"content\")") _Pragma("push_macro(\"context\")")
-_Pragma("push_macro(\"continue\")") _Pragma("push_macro(\"control\")")
-_Pragma("push_macro(\"copy\")") _Pragma("push_macro(\"cores\")") _Pragma("push_macro(\"cost\")")
-_Pragma("push_macro(\"count\")") _Pragma("push_macro(\"count_of\")") _Pragma("push_macro(\"cpu\")")
+_Pragma("push_macro(\"clearerr\")") _Pragma("push_macro(\"client\")")
+_Pragma("push_macro(\"clock\")") _Pragma("push_macro(\"close\")")
+_Pragma("push_macro(\"closedir\")") _Pragma("push_macro(\"code\")") _Pragma("push_macro(\"cols\")")
+_Pragma("push_macro(\"column\")") _Pragma("push_macro(\"columns\")")
+_Pragma("push_macro(\"comma\")") _Pragma("push_macro(\"comment\")")
+_Pragma("push_macro(\"commit\")") _Pragma("push_macro(\"common\")")
+_Pragma("push_macro(\"compare\")") _Pragma("push_macro(\"complete\")")
+_Pragma("push_macro(\"compute\")") _Pragma("push_macro(\"concat\")")
+_Pragma("push_macro(\"concept\")") _Pragma("push_macro(\"condition\")")
+_Pragma("push_macro(\"config\")") _Pragma("push_macro(\"connect\")")
+_Pragma("push_macro(\"const\")") _Pragma("push_macro(\"const_cast\")")
+_Pragma("push_macro(\"constant\")") _Pragma("push_macro(\"constants\")")
+_Pragma("push_macro(\"consteval\")") _Pragma("push_macro(\"constexpr\")")
+_Pragma("push_macro(\"constinit\")") _Pragma("push_macro(\"content\")")
+_Pragma("push_macro(\"context\")") _Pragma("push_macro(\"continue\")")
+_Pragma("push_macro(\"control\")") _Pragma("push_macro(\"copy\")") _Pragma("push_macro(\"cores\")")
+_Pragma("push_macro(\"cost\")") _Pragma("push_macro(\"count\")")
+_Pragma("push_macro(\"count_of\")") _Pragma("push_macro(\"cpu\")")
 _Pragma("push_macro(\"create\")") _Pragma("push_macro(\"cs\")") _Pragma("push_macro(\"ctime\")")
 _Pragma("push_macro(\"ctype\")") _Pragma("push_macro(\"cur\")") _Pragma("push_macro(\"current\")")
-_Pragma("push_macro(\"custom\")") _Pragma("push_macro(\"cut\")") _Pragma("push_macro(\"cycle\")")
-_Pragma("push_macro(\"d\")") _Pragma("push_macro(\"data\")") _Pragma("push_macro(\"date\")")
-_Pragma("push_macro(\"day\")") _Pragma("push_macro(\"days\")") _Pragma("push_macro(\"debug\")")
-_Pragma("push_macro(\"decltype\")") _Pragma("push_macro(\"default\")")
-_Pragma("push_macro(\"delete\")") _Pragma("push_macro(\"deleted\")")
-_Pragma("push_macro(\"deprecated\")") _Pragma("push_macro(\"depth\")")
-_Pragma("push_macro(\"destroy\")") _Pragma("push_macro(\"detach\")")
-_Pragma("push_macro(\"device\")") _Pragma("push_macro(\"difference\")")
-_Pragma("push_macro(\"digit\")") _Pragma("push_macro(\"dim\")") _Pragma("push_macro(\"dims\")")
-_Pragma("push_macro(\"dirent\")") _Pragma("push_macro(\"div\")") _Pragma("push_macro(\"do\")")
-_Pragma("push_macro(\"document\")") _Pragma("push_macro(\"done\")") _Pragma("push_macro(\"dot\")")
-_Pragma("push_macro(\"double\")") _Pragma("push_macro(\"down\")") _Pragma("push_macro(\"ds\")")
-_Pragma("push_macro(\"dst\")") _Pragma("push_macro(\"dup\")") _Pragma("push_macro(\"dup2\")")
+_Pragma("push_macro(\"cursor\")") _Pragma("push_macro(\"custom\")") _Pragma("push_macro(\"cut\")")
+_Pragma("push_macro(\"cycle\")") _Pragma("push_macro(\"d\")") _Pragma("push_macro(\"data\")")
+_Pragma("push_macro(\"date\")") _Pragma("push_macro(\"day\")") _Pragma("push_macro(\"days\")")
+_Pragma("push_macro(\"debug\")") _Pragma("push_macro(\"decltype\")")
+_Pragma("push_macro(\"default\")") _Pragma("push_macro(\"delete\")")
+_Pragma("push_macro(\"deleted\")") _Pragma("push_macro(\"deprecated\")")
+_Pragma("push_macro(\"depth\")") _Pragma("push_macro(\"destroy\")")
+_Pragma("push_macro(\"detach\")") _Pragma("push_macro(\"device\")")
+_Pragma("push_macro(\"difference\")") _Pragma("push_macro(\"digit\")")
+_Pragma("push_macro(\"dim\")") _Pragma("push_macro(\"dims\")") _Pragma("push_macro(\"dirent\")")
+_Pragma("push_macro(\"div\")") _Pragma("push_macro(\"do\")") _Pragma("push_macro(\"document\")")
+_Pragma("push_macro(\"done\")") _Pragma("push_macro(\"dot\")") _Pragma("push_macro(\"double\")")
+_Pragma("push_macro(\"down\")") _Pragma("push_macro(\"ds\")") _Pragma("push_macro(\"dst\")")
+_Pragma("push_macro(\"dup\")") _Pragma("push_macro(\"dup2\")")
 _Pragma("push_macro(\"dynamic_cast\")") _Pragma("push_macro(\"e\")")
 _Pragma("push_macro(\"eaccess\")") _Pragma("push_macro(\"each\")") _Pragma("push_macro(\"echo\")")
 _Pragma("push_macro(\"eflags\")") _Pragma("push_macro(\"eight\")") _Pragma("push_macro(\"else\")")
@@ -335,15 +338,15 @@ _Pragma("push_macro(\"memcmp\")") _Pragma("push_macro(\"memcpy\")")
 _Pragma("push_macro(\"memmove\")") _Pragma("push_macro(\"memory\")")
 _Pragma("push_macro(\"mempcpy\")") _Pragma("push_macro(\"memset\")")
 _Pragma("push_macro(\"merge\")") _Pragma("push_macro(\"message\")")
-_Pragma("push_macro(\"method\")") _Pragma("push_macro(\"metric\")")
-_Pragma("push_macro(\"middle\")") _Pragma("push_macro(\"min\")") _Pragma("push_macro(\"minimum\")")
-_Pragma("push_macro(\"minus\")") _Pragma("push_macro(\"mix\")") _Pragma("push_macro(\"mkdir\")")
-_Pragma("push_macro(\"mktemp\")") _Pragma("push_macro(\"mktime\")") _Pragma("push_macro(\"mmap\")")
-_Pragma("push_macro(\"mode\")") _Pragma("push_macro(\"mode_t\")") _Pragma("push_macro(\"model\")")
-_Pragma("push_macro(\"move\")") _Pragma("push_macro(\"moved\")") _Pragma("push_macro(\"ms\")")
-_Pragma("push_macro(\"munmap\")") _Pragma("push_macro(\"mutable\")")
-_Pragma("push_macro(\"mutex\")") _Pragma("push_macro(\"n\")") _Pragma("push_macro(\"n_type\")")
-_Pragma("push_macro(\"name\")") _Pragma("push_macro(\"namespace\")") _Pragma("push_macro(\"nan\")")
+_Pragma("push_macro(\"method\")") _Pragma("push_macro(\"middle\")") _Pragma("push_macro(\"min\")")
+_Pragma("push_macro(\"minimum\")") _Pragma("push_macro(\"minus\")") _Pragma("push_macro(\"mix\")")
+_Pragma("push_macro(\"mkdir\")") _Pragma("push_macro(\"mktemp\")")
+_Pragma("push_macro(\"mktime\")") _Pragma("push_macro(\"mmap\")") _Pragma("push_macro(\"mode\")")
+_Pragma("push_macro(\"mode_t\")") _Pragma("push_macro(\"model\")") _Pragma("push_macro(\"move\")")
+_Pragma("push_macro(\"moved\")") _Pragma("push_macro(\"ms\")") _Pragma("push_macro(\"munmap\")")
+_Pragma("push_macro(\"mutable\")") _Pragma("push_macro(\"mutex\")") _Pragma("push_macro(\"n\")")
+_Pragma("push_macro(\"n_type\")") _Pragma("push_macro(\"name\")")
+_Pragma("push_macro(\"namespace\")") _Pragma("push_macro(\"nan\")")
 _Pragma("push_macro(\"nanosleep\")") _Pragma("push_macro(\"new\")")
 _Pragma("push_macro(\"newline\")") _Pragma("push_macro(\"next\")") _Pragma("push_macro(\"no\")")
 _Pragma("push_macro(\"node\")") _Pragma("push_macro(\"nodes\")")
@@ -367,7 +370,8 @@ _Pragma("push_macro(\"output\")") _Pragma("push_macro(\"overflow\")")
 _Pragma("push_macro(\"override\")") _Pragma("push_macro(\"p\")") _Pragma("push_macro(\"p_type\")")
 _Pragma("push_macro(\"pack\")") _Pragma("push_macro(\"packed\")") _Pragma("push_macro(\"pad\")")
 _Pragma("push_macro(\"page\")") _Pragma("push_macro(\"pages\")") _Pragma("push_macro(\"pair\")")
-_Pragma("push_macro(\"param\")") _Pragma("push_macro(\"parent\")") _Pragma("push_macro(\"parse\")")
+_Pragma("push_macro(\"param\")") _Pragma("push_macro(\"params\")")
+_Pragma("push_macro(\"parent\")") _Pragma("push_macro(\"parse\")")
 _Pragma("push_macro(\"parser\")") _Pragma("push_macro(\"part\")") _Pragma("push_macro(\"path\")")
 _Pragma("push_macro(\"pattern\")") _Pragma("push_macro(\"pause\")")
 _Pragma("push_macro(\"pending\")") _Pragma("push_macro(\"phase\")") _Pragma("push_macro(\"pi\")")
@@ -520,6 +524,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef At
 #undef B16
 #undef BOOL
+#undef Batch
 #undef Begin
 #undef Bound
 #undef Buffer
@@ -552,6 +557,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef H
 #undef HANDLE
 #undef Handle
+#undef Host
 #undef In
 #undef Input
 #undef Item
@@ -579,6 +585,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef Move
 #undef MultiByteToWideChar
 #undef N
+#undef Name
 #undef Nl
 #undef No
 #undef Node
@@ -587,6 +594,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef Object
 #undef Offset
 #undef Op
+#undef Operator
 #undef Order
 #undef P
 #undef Page
@@ -633,7 +641,6 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef Style
 #undef T
 #undef Table
-#undef Take
 #undef Tensor
 #undef Text
 #undef Thread
@@ -652,6 +659,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef W
 #undef WideCharToMultiByte
 #undef Window
+#undef Write
 #undef a
 #undef a0
 #undef a1
@@ -742,6 +750,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef class
 #undef clear
 #undef clearerr
+#undef client
 #undef clock
 #undef close
 #undef closedir
@@ -784,6 +793,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef ctype
 #undef cur
 #undef current
+#undef cursor
 #undef custom
 #undef cut
 #undef cycle
@@ -1088,7 +1098,6 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef merge
 #undef message
 #undef method
-#undef metric
 #undef middle
 #undef min
 #undef minimum
@@ -1169,6 +1178,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef pages
 #undef pair
 #undef param
+#undef params
 #undef parent
 #undef parse
 #undef parser
@@ -1567,12 +1577,11 @@ _Pragma("push_macro(\"WORD\")") _Pragma("push_macro(\"X\")") _Pragma("push_macro
 _Pragma("push_macro(\"Zone\")") _Pragma("push_macro(\"a2\")") _Pragma("push_macro(\"action\")")
 _Pragma("push_macro(\"arg\")") _Pragma("push_macro(\"bottom\")")
 _Pragma("push_macro(\"callback\")") _Pragma("push_macro(\"color\")") _Pragma("push_macro(\"crc\")")
-_Pragma("push_macro(\"cursor\")") _Pragma("push_macro(\"cy\")")
-_Pragma("push_macro(\"dllimport\")") _Pragma("push_macro(\"errno_t\")")
-_Pragma("push_macro(\"fract\")") _Pragma("push_macro(\"func\")") _Pragma("push_macro(\"gets\")")
-_Pragma("push_macro(\"hi\")") _Pragma("push_macro(\"htonl\")") _Pragma("push_macro(\"htons\")")
-_Pragma("push_macro(\"iswascii\")") _Pragma("push_macro(\"keyboard\")")
-_Pragma("push_macro(\"len\")") _Pragma("push_macro(\"mod\")")
+_Pragma("push_macro(\"cy\")") _Pragma("push_macro(\"dllimport\")")
+_Pragma("push_macro(\"errno_t\")") _Pragma("push_macro(\"fract\")") _Pragma("push_macro(\"func\")")
+_Pragma("push_macro(\"gets\")") _Pragma("push_macro(\"hi\")") _Pragma("push_macro(\"htonl\")")
+_Pragma("push_macro(\"htons\")") _Pragma("push_macro(\"iswascii\")")
+_Pragma("push_macro(\"keyboard\")") _Pragma("push_macro(\"len\")") _Pragma("push_macro(\"mod\")")
 _Pragma("push_macro(\"mouse_event\")") _Pragma("push_macro(\"nonnull\")")
 _Pragma("push_macro(\"ntohl\")") _Pragma("push_macro(\"ntohs\")") _Pragma("push_macro(\"psize\")")
 _Pragma("push_macro(\"rotation\")") _Pragma("push_macro(\"st_atime\")")
@@ -1663,7 +1672,6 @@ _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef callback
 #undef color
 #undef crc
-#undef cursor
 #undef cy
 #undef dllimport
 #undef errno_t
@@ -1937,7 +1945,7 @@ class JsonParser;
 /// A JSON value of 16 bytes. Objects keep the order of their members. Nothing converts silently:
 /// an `as_` accessor of another kind gives its fallback, `[]` of a missing place gives null.
 /// Copies are deep; copy, compare, write and destroy recurse as deep as the value nests.
-/// Threads: const use from any number; otherwise one at a time.
+/// Threads: const use from any number; otherwise one at a time. Stack: a quarter KiB a level.
 class VALAR_API Json {
 public:
     enum class Kind : uint8_t { null, boolean, int64, uint64, real, string, array, object };
@@ -2299,7 +2307,8 @@ struct ModelInfo {
     uint32_t context_tokens = 0;
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};
     bool image = false, tools = false, thinking = false;  ///< its template knows of them
-    bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
+    bool ready = true;   ///< false while it loads: it is listed, and requests for it wait
+    float progress = 1;  ///< of loading, 0..1
 };
 
 /// A request that a Responder accepts, with all that it resolved. It is as large as its prompt.
@@ -2320,14 +2329,14 @@ struct ResponderStats {
     uint32_t queued = 0, running = 0;
     uint64_t completed = 0, failed = 0, cancelled = 0;
     uint64_t input_tokens = 0, output_tokens = 0;
-    uint64_t cached_tokens = 0;            ///< of the input, found in the prefix cache
-    uint32_t pages = 0;                    ///< of keys and values, in all
-    uint32_t pages_used = 0;               ///< by running requests
-    uint32_t pages_cached = 0;             ///< used by none, kept for prefixes
-    uint32_t pages_shared = 0;             ///< used by several
-    uint64_t preempted = 0;                ///< times a request gave way to be resumed later
-    uint64_t batches = 0, batch_rows = 0;  ///< computed: forward passes, and tokens in them
-    uint64_t drafted_tokens = 0, accepted_tokens = 0;      ///< of those: guessed, and guessed right
+    uint64_t cached_tokens = 0;                   ///< of the input, found in the prefix cache
+    uint32_t pages = 0;                           ///< of keys and values, in all
+    uint32_t pages_used = 0;                      ///< by running requests
+    uint32_t pages_cached = 0, pages_shared = 0;  ///< used by none, kept for prefixes; by several
+    uint64_t preempted = 0;                       ///< times a request gave way to be resumed later
+    uint64_t batches = 0, batch_rows = 0;         ///< computed: forward passes, and tokens in them
+    uint64_t drafted_tokens = 0, accepted_tokens = 0;  ///< of those: guessed, and guessed right
+    uint64_t constrained_tokens = 0, masks = 0;        ///< written under a grammar; made for those
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
 };
 
@@ -2991,7 +3000,9 @@ struct MemoryPlan {
     uint64_t weights = 0;  ///< a private copy
     uint64_t kv = 0;
     uint64_t scratch = 0;
-    uint64_t mapped = 0;  ///< of the file, read in place; not part of total()
+    /// Of the file, read in place; not part of total(). Of address space also `packed` takes as much
+    /// as the file is long, as long as the model is open: its pages are given back as they are read.
+    uint64_t mapped = 0;
     uint64_t total() const { return weights + kv + scratch; }
 };
 
@@ -3094,6 +3105,8 @@ struct EngineOptions {
     bool share_prefixes = false;  ///< among organisations too: for a single tenant
     uint32_t standard_target_ms = 60'000;  ///< after this wait standard counts as asap
     uint32_t flex_target_ms = 300'000;     ///< after this wait flex counts as standard
+    uint32_t max_wait_step_ms = 250;  ///< of a batch, about: so long does who comes meanwhile wait;
+                                      ///< 0: only step_tokens limits it
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
     bool speculation = true;  ///< verify guesses from the text before: faster, the same answer
     Weights weights = Weights::packed;
@@ -3139,6 +3152,8 @@ private:
 /// A loaded model that answers requests. Movable handle over an object with a stable address.
 /// Threads: submit, count_tokens, responder, is_loaded, load_progress from any thread; step, start,
 /// stop and the destructor from one at a time. step() after start() is an error, not a race.
+/// Stack: 64 KiB do for every call of this library, a coroutine's too. begin_open, open and step take
+/// 33, submit 30, and more as templates, schemas and patterns nest, until an error says so.
 /// fork(): an engine, like a server and a store, stays with the process that opened it; a child may
 /// exit, destroy its copies or start another program, and opens its own to work.
 class VALAR_API Engine {
@@ -3285,7 +3300,7 @@ private:
 
 // >>http
 // Owns: HTTP/1.1 (RFC 9110, RFC 9112): the message parser, the event loop of a server, and a small
-//       blocking client.
+//       client, blocking or in that loop.
 // Assumes: a handler that never blocks; what bodies mean is the handler's business, error bodies
 //          included: http hands over status, code and message.
 // Promises: framing that is ambiguous is refused, never guessed; every byte, second and connection
@@ -3307,7 +3322,7 @@ struct HttpReply {
 
 /// One request of the blocking client.
 struct HttpCall {
-    std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
+    std::string host = "127.0.0.1";  ///< a numeric address, "localhost" or "unix:/path"
     uint16_t port = 80;
     std::string method = "GET";
     std::string target = "/";
@@ -3319,7 +3334,7 @@ struct HttpCall {
 
 /// Sends one request on a connection of its own and waits for the whole reply, whatever its status.
 /// Errors: invalid_request (the call itself), io, timeout, bad_data (not HTTP), too_large.
-/// Threads: any.
+/// Threads: any. Stack: 24 KiB.
 VALAR_API Result<HttpReply> http_call(const HttpCall& call);
 
 }  // namespace v1
@@ -3341,7 +3356,7 @@ class Folder;
 }
 
 /// What a Store keeps of one response, or of one conversation: that has an object alone, which may
-/// be replaced.
+/// be replaced; so may that of a record that is `kept`.
 struct StoredResponse {
     std::string id;
     std::string organisation;
@@ -3349,6 +3364,7 @@ struct StoredResponse {
     std::string fingerprint;  ///< of the request that reserved it
     bool background = false;
     bool conversation = false;  ///< is none of the responses that `list` tells of
+    bool kept = false;          ///< neither, and never terminal: it stays until it is erased
     bool terminal = false;
     uint32_t attempts = 0;                            ///< how often its work was begun
     int64_t created_at_ms = 0;                        ///< by Store::now_ms
@@ -3383,7 +3399,8 @@ public:
     virtual void add(StoredResponse record, StoreDone done) = 0;
     /// Work on it begins for the attempts-th time. Errors: not_found; io.
     virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
-    /// Makes it terminal; of a conversation, also the next object. Errors: not_found; overloaded; io.
+    /// Makes it terminal; of a conversation, also the next object; of what is kept, that alone.
+    /// Errors: not_found; overloaded; io.
     virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
                         int64_t now_ms, StoreDone done) = 0;
     /// Drops a record; with `tombstone` its reservation stays its time. Errors: not_found; io.
@@ -3403,6 +3420,11 @@ public:
     /// Drops what has been terminal for longer than the store keeps it. Called about once a minute.
     virtual void expire(int64_t now_ms) = 0;
     virtual uint64_t bytes() const = 0;  ///< that records take
+    virtual int64_t retention_ms() const { return int64_t{48} * 3600 * 1000; }  ///< see expire
+    /// That its disk had free of late. UINT64_MAX: unknown, or it has none.
+    virtual uint64_t free_bytes() const { return UINT64_MAX; }
+    /// Why new records are refused until that is mended; nothing: they are taken.
+    virtual std::optional<Error> failure() const { return std::nullopt; }
 };
 
 namespace detail {
@@ -3457,6 +3479,7 @@ public:
     ~MemoryStore() override;
     std::optional<StoredResponse> find(std::string_view organisation,
                                        const std::string& id) override;
+    int64_t retention_ms() const override;
 
 private:
     void change(detail::StoreChange change) override;
@@ -3478,8 +3501,9 @@ struct FileStoreOptions {
 /// Records in a directory: an append-only journal in files of segment_bytes, and an index in
 /// memory. What a StoreDone reported is on the disk. All that waits is synced at once. Deleted and
 /// expired texts are off the disk within a day, as long as expire() is called. After a sync that
-/// failed nothing is accepted any more; on a full disk changes fail with `overloaded`, reads go on.
-/// The directory takes up to twice max_bytes and two segments.
+/// failed nothing is accepted any more. On a full disk reads go on and new records fail with
+/// `overloaded` until there is room again; for deletions and what is unfinished a file `reserve` is
+/// given up. The directory takes up to twice max_bytes and three segments. Stack: 24 KiB.
 class VALAR_API FileStore : public detail::IndexedStore {
 public:
     /// Errors: io (also: held by another process), bad_data naming file and offset of damage,
@@ -3488,12 +3512,19 @@ public:
     static Result<std::unique_ptr<FileStore>> open(const FileStoreOptions& options,
                                                    std::unique_ptr<detail::Folder> folder);
     ~FileStore() override;  ///< after all that was asked for is done
+    /// Copies the store in the directory `from`, whatever process works on it, into `to`, which is
+    /// made or is empty, and opens the copy: it holds what was reported before this was called, and
+    /// takes so many bytes. Errors: as open; then nothing is left in `to`.
+    static Result<uint64_t> back_up(const std::string& from, const std::string& to);
     std::optional<StoredResponse> find(std::string_view organisation,
                                        const std::string& id) override;
     /// Without own_thread: does what was asked for and some upkeep. Not twice at once. True: more.
     bool step();
+    int64_t retention_ms() const override;
     int64_t now_ms() const override;  ///< goes on over a restart; time without power is left out
     uint64_t disk_bytes() const;      ///< of the journal's files
+    uint64_t free_bytes() const override;
+    std::optional<Error> failure() const override;
 
 private:
     struct State;
@@ -3518,6 +3549,10 @@ private:
 namespace valar {
 inline namespace v1 {
 
+/// Which addresses webhooks may call; the server's own only under `any`. automatic: loopback_only
+/// without keys on a loopback address, else public_only (what IANA has as global unicast).
+enum class WebhookPolicy : uint8_t { automatic, any, loopback_only, public_only };
+
 struct ApiKey {                            ///< who may use a server
     std::string id = {};                   ///< for people: names the key, not secret
     std::string organisation = "default";  ///< whose records these are
@@ -3527,13 +3562,16 @@ struct ApiKey {                            ///< who may use a server
 };
 
 /// Reads a file of keys: a line each, `id organisation sha256 [requests-per-minute]`; empty lines
-/// and those that begin with # are skipped. Errors: bad_data: a line, or no key; io, not_found.
-VALAR_API Result<std::vector<ApiKey>> read_key_file(const std::string& path);
+/// and those that begin with # are skipped. Errors: bad_data: a line, or no key; io, not_found;
+/// permission: others may read or write it (its group: write it), unless `insecure`.
+VALAR_API Result<std::vector<ApiKey>> read_key_file(const std::string& path, bool insecure = false);
+/// Puts secret_sha256 in the place of the secret, which is overwritten. Errors: invalid_request.
+VALAR_API Result<void> hash_secret(ApiKey* key);
 
 /// What a server is made of. What a caller types first stands first.
 struct ServerOptions {
     uint16_t port = 8080;            ///< 0: any free one
-    std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
+    std::string host = "127.0.0.1";  ///< a numeric address, "localhost" or "unix:/path" (0660)
     std::vector<ApiKey> keys = {};   ///< none: anybody on this machine, organisation "default"
     bool allow_open = false;  ///< listen beyond loopback addresses although there are no keys
     /// Without keys the Host must be localhost, 127.0.0.1, [::1] or one of these ("name[:port]").
@@ -3541,23 +3579,32 @@ struct ServerOptions {
     /// Web pages of these origins ("https://example.org") may call. All others may not.
     std::vector<std::string> cors_origins = {};
     Dialect dialect = Dialect::valar;
-    uint32_t sync_timeout_ms = 600'000;  ///< then 504, and the work goes on
-    uint32_t drain_timeout_ms = 10'000;  ///< after stop(); then what still runs is cancelled
-    uint64_t max_body_bytes = uint64_t{32} << 20;            ///< 413
-    uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
+    uint32_t sync_timeout_ms = 600'000;            ///< then 504, and the work goes on; 0: never
+    uint32_t drain_timeout_ms = 10'000;            ///< after stop(), for what runs: Server::stop
+    uint64_t max_body_bytes = uint64_t{32} << 20;  ///< 413
+    uint32_t max_connections = 10'000;             ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< 503
-    LogSink log = {};  ///< a line a request: id, method, path, status, times, tokens
+    /// A line a request: ids, client, path, status, times, tokens, why not. It must not wait.
+    LogSink log = {};
     /// Must outlive the server; null: a MemoryStore of its own. What it holds unfinished runs again
     /// with the same seed if it is in the background or has an idempotency key, or else has failed.
     Store* store = nullptr;
     MemoryStoreOptions memory_store = {};  ///< of that one
     uint32_t max_queued = 1000;            ///< requests accepted but not begun; then 503
-    bool log_json = false;                 ///< the lines of requests are JSON objects
+    bool log_json = false;                 ///< each of the server's lines is a JSON object
     bool require_keys = false;             ///< `keys` must not be empty: where a setting names them
+    bool log_health = false;               ///< lines for GET /health and /metrics, too
+    uint64_t (*log_lost)(void* context) = nullptr;  ///< lines that `log` lost, for /metrics
+    /// Requests come by a proxy, which says in X-Forwarded-For (or Forwarded) whose they are. Else
+    /// one without keys refuses what a proxy passed on: all the world would be on this machine.
+    bool trust_proxy = false;
+    uint32_t keep_alive_ms = 75'000;  ///< of a connection without a request; then closed
+    uint32_t orphans_ms = 3'600'000;  ///< that work left for a missing model waits; then it fails
+    WebhookPolicy webhook_policy = WebhookPolicy::automatic;
 };
 
 /// Serves Responders over HTTP. Movable handle over an object with a stable address.
-/// Threads: stop() and port() from any; step(), run() and the destructor from one at a time.
+/// Threads: any for stop(), port() and replace_keys(), else one at a time. Stack: 29 KiB.
 class VALAR_API Server {
 public:
     /// Listens. Errors: invalid_request names the option; io.
@@ -3569,13 +3616,20 @@ public:
     Server& operator=(Server&& other) noexcept;
     ~Server();  ///< closes what is open and cancels what runs
 
-    /// Serves until stop(), then lets what runs finish (drain_timeout_ms). Errors: none yet.
+    /// Serves until stop() and what that lets finish. Errors: none yet.
     Result<void> run();
     /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens). False
     /// once stopped and drained. Errors: none yet.
     Result<bool> step(int timeout_ms);
-    void stop();
-    uint16_t port() const;
+    /// Answers new requests with 503 and lets what runs finish for drain_timeout_ms (at_once: no
+    /// more). Then who waits gets 503, and what runs ends; in the background, or with an
+    /// idempotency key, it goes on with the next start on the same store.
+    void stop(bool at_once = false);
+    uint16_t port() const;  ///< 0: a Unix socket
+    /// In place of all keys so far, at least one. Whoever has none of them is refused from the next
+    /// request on; what he began goes on, in the background too. A key that stays has used up what
+    /// it had of its minute. Errors: invalid_request, and nothing changes. Threads: any.
+    Result<void> replace_keys(const std::vector<ApiKey>& keys);
 
 private:
     struct State;
@@ -3662,12 +3716,15 @@ private:
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sys/auxv.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
@@ -3719,6 +3776,13 @@ private:
 #else
 #define VALAR_COLD_BEGIN
 #define VALAR_COLD_END
+#endif
+
+// Before functions whose locals would make those that recurse take more stack.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define VALAR_NOINLINE __declspec(noinline)
+#else
+#define VALAR_NOINLINE __attribute__((noinline))
 #endif
 
 // ---- src/base/internal.hpp ---------------------------------------------------------------------
@@ -3830,7 +3894,9 @@ private:
     size_t size_ = 0;
 };
 
-Result<std::string> read_file(const std::string& path, uint64_t limit);
+/// `is_private`: refuses (permission) what others than its owner may write, or others than its group
+/// read, where files have modes.
+Result<std::string> read_file(const std::string& path, uint64_t limit, bool is_private = false);
 
 /// A file in the making: a temporary beside `path` that takes its name in commit(). So the file is
 /// whole or as it was before; without commit() nothing is left.
@@ -3859,6 +3925,8 @@ public:
     virtual Result<void> write_at(uint64_t offset, std::string_view bytes) = 0;   ///< all of them
     virtual Result<void> truncate(uint64_t size) = 0;
     virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
+    /// Takes so many bytes of the disk for this file. Errors: overloaded.
+    virtual Result<void> allocate(uint64_t /*size*/) { return {}; }
 };
 
 /// The files of one directory and the clock of its machine: the seam under which tests put a disk
@@ -3869,13 +3937,17 @@ public:
     /// Makes it where it is absent, for this user only, and locks it against other processes and
     /// Folders as long as it lives. Errors: io names who holds it.
     static Result<std::unique_ptr<Folder>> open(const std::string& path);
+    /// One that is there, to read in beside whoever has it locked.
+    static Result<std::unique_ptr<Folder>> open_beside(const std::string& path);
     virtual ~Folder() = default;
     virtual Result<std::vector<std::string>> list() = 0;  ///< names, in no order
     /// For reading and writing; `create` makes it, or empties it. Errors: not_found.
     virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
     virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
     virtual Result<void> remove(const std::string& name) = 0;
-    virtual Result<void> sync() = 0;    ///< names made, changed and removed so far are on the disk
+    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
+    /// Of its disk. UINT64_MAX: unknown.
+    virtual uint64_t free_bytes() const { return UINT64_MAX; }
     virtual uint64_t clock_ns() const;  ///< monotonic_ns, from any thread
     virtual std::string boot() const;   ///< boot_id
 };
@@ -3893,6 +3965,19 @@ public:
 
 private:
     uintptr_t handle_ = 0;
+};
+
+/// How far the calling thread's stack reaches: for what recurses as deep as a template or a schema
+/// says. Knows nothing of a thread other than the one that made it.
+class StackLimit {
+public:
+    StackLimit();
+    /// What is left is for functions that do not recurse, and does not hold `more` beside them.
+    bool is_low(size_t more = 0) const;
+    static constexpr size_t reserve = size_t{14} << 10;
+
+private:
+    uintptr_t floor_;
 };
 
 /// The process that made it.
@@ -4306,6 +4391,7 @@ SystemHandle open_to_read(const std::string& path) {
 }
 
 bool is_regular(SystemHandle file) { return GetFileType(file) == FILE_TYPE_DISK; }
+unsigned open_mode(SystemHandle) { return 0; }
 
 OVERLAPPED place(uint64_t offset) {
     OVERLAPPED where{};
@@ -4400,6 +4486,13 @@ SystemHandle open_to_read(const std::string& path) {
 bool is_regular(SystemHandle file) {
     FileStatus status{};
     return status_of(file, &status) == 0 && S_ISREG(status.st_mode);
+}
+
+// What others than the owner may do that they should not with a secret.
+unsigned open_mode(SystemHandle file) {
+    FileStatus status{};
+    if (status_of(file, &status) != 0) return 0;
+    return (status.st_mode & (S_IWGRP | S_IROTH | S_IWOTH)) ? status.st_mode & 0777u : 0;
 }
 
 // How many bytes one call moved, 0 at the end of the file, -1 when it failed.
@@ -4582,9 +4675,15 @@ void MappedFile::release(size_t offset, size_t length) const {
 
 #endif
 
-Result<std::string> read_file(const std::string& path, uint64_t limit) {
+Result<std::string> read_file(const std::string& path, uint64_t limit, bool is_private) {
     const auto file = open_regular(path);
     if (!file) return file.error();
+    if (const unsigned mode = is_private ? open_mode(file->handle) : 0)
+        return make_error(
+            ErrorKind::permission,
+            format("'%s' has the mode %04o: others may read or write it (chmod 600, or "
+                   "640 for its group to read it)",
+                   path.c_str(), mode));
     std::string text;
     char piece[16384];
     for (;;) {
@@ -4719,6 +4818,14 @@ bool truncate_file(SystemHandle file, uint64_t size) {
     return SetFilePointerEx(file, end, nullptr, FILE_BEGIN) && SetEndOfFile(file);
 }
 
+bool allocate_file(SystemHandle file, uint64_t size) { return truncate_file(file, size); }
+
+uint64_t free_on_disk(const std::string& path) {
+    ULARGE_INTEGER free{};
+    return GetDiskFreeSpaceExW(utf16_from(path).c_str(), &free, nullptr, nullptr) ? free.QuadPart
+                                                                                  : UINT64_MAX;
+}
+
 bool sync_data(SystemHandle file) { return FlushFileBuffers(file) != 0; }
 
 using SystemCode = DWORD;
@@ -4769,6 +4876,26 @@ bool file_size(SystemHandle file, uint64_t* size) {
 }
 
 bool truncate_file(SystemHandle file, uint64_t size) { return set_size(file, size) == 0; }
+
+bool allocate_file(SystemHandle file, uint64_t size) {
+    const off_t bytes = static_cast<off_t>(std::min<uint64_t>(size, INT32_MAX));
+#if defined(__APPLE__)
+    fstore_t wanted = {F_ALLOCATEALL, F_PEOFPOSMODE, 0, bytes, 0};
+    return fcntl(file, F_PREALLOCATE, &wanted) != -1 && truncate_file(file, size);
+#elif defined(__linux__) || defined(__FreeBSD__)
+    const int error = posix_fallocate(file, 0, bytes);
+    errno = error;
+    return error == 0 || error == EINVAL || error == EOPNOTSUPP;  // where nothing can be taken
+#else
+    return truncate_file(file, size);
+#endif
+}
+
+uint64_t free_on_disk(const std::string& path) {
+    struct statvfs found = {};
+    if (statvfs(path.c_str(), &found) != 0) return UINT64_MAX;
+    return uint64_t(found.f_bavail) * uint64_t(found.f_frsize);
+}
 
 bool sync_data(SystemHandle file) {
 #if defined(__APPLE__)
@@ -4859,11 +4986,25 @@ public:
         return system_result(truncate_file(file_.handle, size), "truncate", path_);
     }
     Result<void> sync() override { return system_result(sync_data(file_.handle), "sync", path_); }
+    Result<void> allocate(uint64_t size) override {
+        return system_result(allocate_file(file_.handle, size), "allocate", path_);
+    }
 
 private:
     std::string path_;
     FileHandle file_;
 };
+
+/// Whether what lies there is another user's.
+bool is_foreign(const std::string& path) {
+#if defined(_WIN32)
+    (void)path;
+    return false;
+#else
+    struct stat status {};
+    return stat(path.c_str(), &status) == 0 && status.st_uid != geteuid();
+#endif
+}
 
 /// Why a folder cannot be made, or not locked, where the system's own words say too little.
 struct FolderFault {
@@ -4873,6 +5014,8 @@ struct FolderFault {
 };
 constexpr const char* folder_in_use = "is in use by another process";
 constexpr const char* folder_forbidden = "may not be written by this user: its permissions";
+constexpr const char* folder_foreign =
+    "belongs to another user, or a file in it does: this one may not write it";
 constexpr const char* folder_read_only = "lies on a read-only file system";
 constexpr const char* folder_orphan = "cannot be made: the directory that is to hold it is missing";
 constexpr const char* folder_is_none = "is not a directory";
@@ -4905,8 +5048,12 @@ Error folder_error(const std::string& path, bool made) {
     const SystemCode code = system_code();
     Error error = os_error("cannot use the directory '" + path + "'");
     for (const FolderFault& fault : folder_faults)
-        if (fault.code == code)
-            error.message = "'" + path + "' " + (made ? fault.locking : fault.making);
+        if (fault.code == code) {
+            const char* why = made ? fault.locking : fault.making;
+            const bool foreign = made && why == folder_forbidden &&
+                                 (is_foreign(path) || is_foreign(path + "/lock"));
+            error.message = "'" + path + "' " + (foreign ? folder_foreign : why);
+        }
     if (error.kind == ErrorKind::not_found) error.kind = ErrorKind::io;
     return error;
 }
@@ -4917,6 +5064,10 @@ public:
     Result<void> lock() {
         if (open_folder(path_, &self_)) lock_file(path_ + "/lock", &lock_);
         if (lock_.ok()) return {};
+        return folder_error(path_, true);
+    }
+    Result<void> look() {
+        if (open_folder(path_, &self_)) return {};
         return folder_error(path_, true);
     }
     Result<std::vector<std::string>> list() override { return list_names(path_); }
@@ -4934,6 +5085,7 @@ public:
         return system_result(unlink_path(path_ + "/" + name), "remove", path_ + "/" + name);
     }
     Result<void> sync() override { return system_result(sync_folder(self_), "sync", path_); }
+    uint64_t free_bytes() const override { return free_on_disk(path_); }
 
 private:
     std::string path_;
@@ -4950,6 +5102,13 @@ Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
     if (!make_folder(path)) return folder_error(path, false);
     auto folder = std::make_unique<SystemFolder>(path);
     if (auto locked = folder->lock(); !locked) return locked.error();
+    return std::unique_ptr<Folder>(std::move(folder));
+}
+
+Result<std::unique_ptr<Folder>> Folder::open_beside(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    auto folder = std::make_unique<SystemFolder>(path);
+    if (auto found = folder->look(); !found) return found.error();
     return std::unique_ptr<Folder>(std::move(folder));
 }
 
@@ -5071,6 +5230,84 @@ void Thread::join() {
 #endif
     handle_ = 0;
 }
+
+// ---- Stacks ----------------------------------------------------------------------------------
+
+namespace {
+
+struct StackBounds {
+    uintptr_t low = 0, high = 0;  // high 0: not known
+};
+
+// Not a local variable's: ASan may have those elsewhere.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define VALAR_STACK_ADDRESS() reinterpret_cast<uintptr_t>(_AddressOfReturnAddress())
+#else
+#define VALAR_STACK_ADDRESS() reinterpret_cast<uintptr_t>(__builtin_frame_address(0))
+#endif
+
+#if defined(_WIN32)
+
+// The reservation that holds the address; fibers have their own. Its last pages are guards.
+StackBounds stack_bounds(uintptr_t here) {
+    constexpr uintptr_t guards = 12 << 10;
+    MEMORY_BASIC_INFORMATION about;
+    if (!VirtualQuery(reinterpret_cast<void*>(here), &about, sizeof about)) return {};
+    return {reinterpret_cast<uintptr_t>(about.AllocationBase) + guards, UINTPTR_MAX};
+}
+
+#elif defined(__linux__)
+
+// The first thread's stack ends with the program's name and grows to the process's limit;
+// pthread_getattr_np would read /proc for it.
+StackBounds first_stack() {
+    const uintptr_t high = uintptr_t(getauxval(AT_EXECFN));
+    rlimit limit{};
+    if (high == 0 || getrlimit(RLIMIT_STACK, &limit) != 0) return {};
+    const uint64_t bytes = std::min<uint64_t>(limit.rlim_cur, uint64_t{64} << 20);
+    return {high - size_t(std::min<uint64_t>(bytes, high)), high};
+}
+
+StackBounds stack_bounds(uintptr_t) {
+    if (syscall(SYS_gettid) == getpid()) return first_stack();
+    pthread_attr_t attributes;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) return {};
+    void* low = nullptr;
+    size_t bytes = 0;
+    const bool known = pthread_attr_getstack(&attributes, &low, &bytes) == 0;
+    pthread_attr_destroy(&attributes);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(low);
+    return known ? StackBounds{begin, begin + bytes} : StackBounds{};
+}
+
+#elif defined(__APPLE__)
+
+StackBounds stack_bounds(uintptr_t) {
+    const pthread_t self = pthread_self();
+    const uintptr_t high = reinterpret_cast<uintptr_t>(pthread_get_stackaddr_np(self));
+    return {high - pthread_get_stacksize_np(self), high};
+}
+
+#else
+
+StackBounds stack_bounds(uintptr_t) { return {}; }
+
+#endif
+
+}  // namespace
+
+StackLimit::StackLimit() {
+    constexpr uintptr_t unknown = 256 << 10, foreign = 40 << 10;  // a coroutine's, on the heap
+    const uintptr_t here = VALAR_STACK_ADDRESS();
+    const StackBounds bounds = stack_bounds(here);
+    const bool inside = here > bounds.low && here < bounds.high;
+    const uintptr_t most = bounds.high == 0 ? unknown : foreign;
+    floor_ = (inside ? bounds.low : here - std::min(here, most)) + reserve;
+}
+
+bool StackLimit::is_low(size_t more) const { return VALAR_STACK_ADDRESS() < floor_ + more; }
+
+#undef VALAR_STACK_ADDRESS
 
 #if defined(_WIN32) || defined(__wasi__)  // no fork
 Process::Process() : id_(0) {}
@@ -5501,7 +5738,7 @@ int physical_cores() { return detail::read_process_limits().cores(detail::cores_
 // ---- src/base/sockets.hpp ----------------------------------------------------------------------
 
 // >>base: sockets
-// Owns: the TCP calls of Linux, Windows, macOS and BSD, readiness (epoll, kqueue, WSAPoll) and the
+// Owns: the TCP and Unix socket calls of Linux, Windows, macOS and BSD, readiness (epoll, kqueue, WSAPoll) and the
 //       wake-up of a waiting loop from another thread.
 // Assumes: numeric addresses; names are resolved elsewhere.
 // Promises: no call blocks but Poller::wait; no SIGPIPE, and no signal handler either.
@@ -5515,13 +5752,28 @@ struct NetAddress {
     uint8_t ip[16] = {};
     uint16_t port = 0;
     bool v4 = false;
+    bool local = false;  ///< of a Unix socket: without address and port
 
     /// "127.0.0.1", "::1", "[::1]" or "localhost" (which is 127.0.0.1); anything else is an Error.
     static Result<NetAddress> parse(std::string_view host, uint16_t port);
-    std::string host() const;  ///< "127.0.0.1", "::1"
-    std::string text() const;  ///< "127.0.0.1:8080", "[::1]:8080"
-    bool is_loopback() const;  ///< 127.0.0.0/8, ::1, and the former mapped into IPv6
+    std::string host() const;  ///< "127.0.0.1", "::1", "unix"
+    std::string text() const;  ///< "127.0.0.1:8080", "[::1]:8080", "unix"
+    bool is_loopback() const;  ///< 127.0.0.0/8, ::1, the former mapped into IPv6, a Unix socket
 };
+
+/// Whether a connection to the one would come to who listens at the other; "0.0.0.0" and "::" stand
+/// for every address of this machine. Port 0: nobody listens.
+bool net_reaches(const NetAddress& address, const NetAddress& listener);
+
+/// The addresses of a name, as the system resolves it: at least one. It may take long.
+/// Errors: io. Threads: any.
+Result<std::vector<NetAddress>> net_resolve(const std::string& name, uint16_t port);
+
+/// Of "unix:/path" the path; nothing: it is no Unix socket's name.
+std::optional<std::string> unix_path(std::string_view host);
+/// Which file lies at the path of a Unix socket; 0: none. Remove it while the socket is open.
+uint64_t socket_file(const std::string& path);
+void remove_socket_file(const std::string& path, uint64_t file);  ///< if it is still that one
 
 /// How a socket call ended. `full`: accept found no free descriptor (EMFILE and kin): the caller
 /// must stop asking until one is free, or it will spin.
@@ -5532,15 +5784,21 @@ struct IoResult {
     size_t bytes = 0;  ///< > 0 when done; `closed` is the peer's end of stream, or a reset
 };
 
-/// A non-blocking TCP socket that closes itself. Threads: one at a time.
+/// A non-blocking stream socket that closes itself. Threads: one at a time.
 class Socket {
 public:
     static constexpr uintptr_t none = UINTPTR_MAX;
 
     /// Port 0 takes any free port; "::" takes IPv4 as well.
     static Result<Socket> listen(const NetAddress& address, int backlog);
+    /// A Unix socket with mode 0660. A file of one that nobody listens on any more is replaced.
+    /// Errors: io: in use, no place; invalid_request: no path that fits; unsupported: Windows.
+    static Result<Socket> listen_unix(const std::string& path, int backlog);
+    static Result<Socket> connect_unix(const std::string& path);
     /// Begins; the socket is writable once connected() can tell how it went.
     static Result<Socket> connect(const NetAddress& address);
+    /// Does nothing but hold a descriptor.
+    static Result<Socket> spare();
 
     Socket() = default;
     Socket(Socket&& other) noexcept : handle_(std::exchange(other.handle_, none)) {}
@@ -5560,6 +5818,7 @@ public:
 
 private:
     explicit Socket(uintptr_t handle) : handle_(handle) {}
+    static Result<Socket> open_unix();
     uintptr_t handle_ = none;
 };
 
@@ -5725,6 +5984,8 @@ NetLength net_pack(const NetAddress& address, sockaddr_storage* storage) {
 
 NetAddress net_unpack(const sockaddr_storage& storage) {
     NetAddress address;
+    address.local = storage.ss_family == AF_UNIX;
+    if (address.local) return address;
     if (storage.ss_family == AF_INET) {
         const auto& in = reinterpret_cast<const sockaddr_in&>(storage);
         address.v4 = true;
@@ -5739,9 +6000,9 @@ NetAddress net_unpack(const sockaddr_storage& storage) {
     return address;
 }
 
-Result<uintptr_t> net_new_socket(const NetAddress& address) {
+Result<uintptr_t> net_new_socket(int family) {
     if (!net_start()) return net_error("cannot start the system's sockets");
-    const NetHandle handle = net_socket(address.v4 ? AF_INET : AF_INET6, SOCK_STREAM, IPPROTO_TCP);
+    const NetHandle handle = net_socket(family, SOCK_STREAM, 0);
     const auto value = static_cast<uintptr_t>(handle);
     if (value == Socket::none) return net_error("cannot make a socket");
     if (net_prepare(handle)) return value;
@@ -5770,7 +6031,14 @@ Result<NetAddress> NetAddress::parse(std::string_view host, uint16_t port) {
     return address;
 }
 
+std::optional<std::string> unix_path(std::string_view host) {
+    constexpr std::string_view prefix = "unix:";
+    if (!host.starts_with(prefix)) return std::nullopt;
+    return std::string(host.substr(prefix.size()));
+}
+
 std::string NetAddress::host() const {
+    if (local) return "unix";
     char text[INET6_ADDRSTRLEN] = {};
     const void* bytes = v4 ? ip + 12 : ip;
     ::inet_ntop(v4 ? AF_INET : AF_INET6, bytes, text, sizeof text);
@@ -5778,13 +6046,58 @@ std::string NetAddress::host() const {
 }
 
 std::string NetAddress::text() const {
+    if (local) return host();
     return format(v4 ? "%s:%u" : "[%s]:%u", host().c_str(), unsigned{port});
 }
 
 bool NetAddress::is_loopback() const {
+    if (local) return true;
     if (std::memcmp(ip, mapped_prefix, 12) == 0) return ip[12] == 127;
     static constexpr uint8_t loopback[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};
     return std::memcmp(ip, loopback, 16) == 0;
+}
+
+namespace {
+
+/// Whether a socket can be bound to it.
+bool is_own(NetAddress address) {
+    address.port = 0;
+    auto handle = net_new_socket(address.v4 ? AF_INET : AF_INET6);
+    if (!handle) return true;  // then it is not called
+    sockaddr_storage storage;
+    const NetLength length = net_pack(address, &storage);
+    const bool bound = ::bind(net_native(*handle), reinterpret_cast<sockaddr*>(&storage), length) ==
+                       0;
+    net_close(net_native(*handle));
+    return bound;
+}
+
+}  // namespace
+
+bool net_reaches(const NetAddress& address, const NetAddress& listener) {
+    if (listener.port == 0 || address.port != listener.port) return false;
+    if (std::memcmp(address.ip, listener.ip, sizeof address.ip) == 0) return true;
+    const std::string everywhere = listener.host();
+    return (everywhere == "0.0.0.0" || everywhere == "::") && is_own(address);
+}
+
+Result<std::vector<NetAddress>> net_resolve(const std::string& name, uint16_t port) {
+    if (!net_start()) return net_error("cannot start the system's sockets");
+    addrinfo wanted = {}, *found = nullptr;
+    wanted.ai_family = AF_UNSPEC;
+    wanted.ai_socktype = SOCK_STREAM;
+    const int failed = ::getaddrinfo(name.c_str(), nullptr, &wanted, &found);
+    std::vector<NetAddress> addresses;
+    for (const addrinfo* one = failed ? nullptr : found; one; one = one->ai_next) {
+        if (one->ai_family != AF_INET && one->ai_family != AF_INET6) continue;
+        sockaddr_storage storage = {};
+        std::memcpy(&storage, one->ai_addr, std::min<size_t>(one->ai_addrlen, sizeof storage));
+        addresses.push_back(net_unpack(storage));
+        addresses.back().port = port;
+    }
+    if (!failed) ::freeaddrinfo(found);
+    if (addresses.empty()) return make_error(ErrorKind::io, "cannot resolve '" + name + "'");
+    return addresses;
 }
 
 Socket& Socket::operator=(Socket&& other) noexcept {
@@ -5797,7 +6110,7 @@ void Socket::close() {
 }
 
 Result<Socket> Socket::listen(const NetAddress& address, int backlog) {
-    auto handle = net_new_socket(address);
+    auto handle = net_new_socket(address.v4 ? AF_INET : AF_INET6);
     if (!handle) return handle.error();
     Socket socket(*handle);
     const NetHandle native = net_native(*handle);
@@ -5820,8 +6133,92 @@ Result<Socket> Socket::listen(const NetAddress& address, int backlog) {
     return socket;
 }
 
+#if defined(_WIN32)
+uint64_t socket_file(const std::string&) { return 0; }
+void remove_socket_file(const std::string&, uint64_t) {}
+
+Result<Socket> Socket::listen_unix(const std::string&, int) {
+    return make_error(ErrorKind::unsupported, "no Unix sockets on this system");
+}
+Result<Socket> Socket::connect_unix(const std::string& path) { return listen_unix(path, 0); }
+#else
+uint64_t socket_file(const std::string& path) {
+    struct stat found;
+    if (::lstat(path.c_str(), &found) != 0 || !S_ISSOCK(found.st_mode)) return 0;
+    const uint64_t file = static_cast<uint64_t>(found.st_ino) ^ static_cast<uint64_t>(found.st_dev)
+                                                                    << 40;
+    return file ? file : 1;
+}
+
+void remove_socket_file(const std::string& path, uint64_t file) {
+    if (file != 0 && socket_file(path) == file) ::unlink(path.c_str());
+}
+
+namespace {
+
+Result<sockaddr_un> net_unix_name(const std::string& path) {
+    sockaddr_un name = {};
+    if (path.empty() || path.size() >= sizeof name.sun_path || path.find('\0') != path.npos)
+        return make_error(ErrorKind::invalid_request,
+                          format("the path of a Unix socket has 1 to %zu bytes, not %zu",
+                                 sizeof name.sun_path - 1, path.size()));
+    name.sun_family = AF_UNIX;
+    std::memcpy(name.sun_path, path.data(), path.size());
+    return name;
+}
+
+/// Calls ::bind or ::connect; 0, or what went wrong.
+template <class Call>
+int net_with_name(Call call, const Socket& socket, const sockaddr_un& name) {
+    const int rc = call(net_native(socket.handle()), reinterpret_cast<const sockaddr*>(&name),
+                        sizeof name);
+    return rc == 0 ? 0 : errno;
+}
+
+}  // namespace
+
+Result<Socket> Socket::open_unix() {
+    auto handle = net_new_socket(AF_UNIX);
+    if (!handle) return handle.error();
+    return Socket(*handle);
+}
+
+Result<Socket> Socket::listen_unix(const std::string& path, int backlog) {
+    const auto name = net_unix_name(path);
+    auto socket = name ? open_unix() : name.error();
+    if (!socket) return socket;
+    int failed = net_with_name(::bind, *socket, *name);
+    // What is left over from one that is gone, and nobody listens at, is replaced.
+    if (failed == EADDRINUSE && socket_file(path) != 0) {
+        const auto probe = open_unix();
+        if (probe && net_with_name(::connect, *probe, *name) == ECONNREFUSED &&
+            ::unlink(path.c_str()) == 0)
+            failed = net_with_name(::bind, *socket, *name);
+    }
+    const bool bound = failed == 0;
+    constexpr mode_t mode = 0660;  // before anybody can connect
+    if (bound &&
+        (::chmod(path.c_str(), mode) != 0 || ::listen(net_native(socket->handle()), backlog) != 0))
+        failed = errno;
+    if (failed == 0) return socket;
+    if (bound) ::unlink(path.c_str());
+    errno = failed;
+    return net_error("cannot listen on unix:" + path);
+}
+
+Result<Socket> Socket::connect_unix(const std::string& path) {
+    const auto name = net_unix_name(path);
+    auto socket = name ? open_unix() : name.error();
+    if (!socket) return socket;
+    const int failed = net_with_name(::connect, *socket, *name);
+    if (failed == 0 || net_connecting(failed)) return socket;
+    errno = failed;
+    return net_error("cannot connect to unix:" + path);
+}
+#endif
+
 Result<Socket> Socket::connect(const NetAddress& address) {
-    auto handle = net_new_socket(address);
+    auto handle = net_new_socket(address.v4 ? AF_INET : AF_INET6);
     if (!handle) return handle.error();
     Socket socket(*handle);
     sockaddr_storage storage;
@@ -5830,6 +6227,12 @@ Result<Socket> Socket::connect(const NetAddress& address) {
         !net_connecting(net_errno()))
         return net_error("cannot connect to " + address.text());
     return socket;
+}
+
+Result<Socket> Socket::spare() {
+    auto handle = net_new_socket(AF_INET);
+    if (!handle) return handle.error();
+    return Socket(*handle);
 }
 
 IoStatus Socket::connected() const {
@@ -6223,10 +6626,14 @@ Result<std::string> hex_decode(std::string_view text);  ///< either case, even l
 /// The time taken depends on the lengths only.
 bool constant_time_equal(std::string_view a, std::string_view b);
 
+/// Overwrites a secret, also where the compiler sees nobody read it again.
+void wipe(void* data, size_t size);
+
 /// Bytes from the operating system's generator, for ids and secrets.
 Result<void> random_bytes(void* data, size_t size);
 
-/// `prefix` and 24 of [0-9a-z], 124 bits that nobody can guess.
+inline constexpr size_t drawn_characters = 24;
+/// `prefix` and so many of [0-9a-z], 124 bits that nobody can guess.
 Result<std::string> draw_id(std::string prefix);
 /// The same length of the same characters, but always the same of `source`.
 std::string derive_id(std::string prefix, std::string_view source);
@@ -6442,6 +6849,11 @@ bool constant_time_equal(std::string_view a, std::string_view b) {
     return difference == 0;
 }
 
+void wipe(void* data, size_t size) {
+    volatile auto* bytes = static_cast<unsigned char*>(data);
+    for (size_t i = 0; i < size; ++i) bytes[i] = 0;
+}
+
 Result<void> random_bytes(void* data, size_t size) {
     auto* bytes = static_cast<uint8_t*>(data);
 #if defined(_WIN32)
@@ -6473,7 +6885,7 @@ static constexpr char id_characters[] = "0123456789abcdefghijklmnopqrstuvwxyz";
 
 Result<std::string> draw_id(std::string prefix) {
     std::string id = std::move(prefix);
-    const size_t size = id.size() + 24;
+    const size_t size = id.size() + drawn_characters;
     while (id.size() < size) {
         uint8_t random[32];
         if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
@@ -6485,7 +6897,7 @@ Result<std::string> draw_id(std::string prefix) {
 
 std::string derive_id(std::string prefix, std::string_view source) {
     std::string id = std::move(prefix);
-    const size_t size = id.size() + 24;
+    const size_t size = id.size() + drawn_characters;
     for (const uint8_t byte : sha256(source).bytes)
         if (id.size() < size) id += id_characters[byte % 36];
     return id;
@@ -7833,8 +8245,12 @@ private:
         const char* at;  // its key
     };
 
+    // What recurses keeps its frame small: errors, and what is done once for an item, are apart.
     bool fail(std::string_view message) { return fail(p_, message); }
-    bool fail(const char* at, std::string_view message) {
+    VALAR_NOINLINE bool fail_limit(const char* before, uint32_t limit, const char* behind) {
+        return fail(format("%s%u%s", before, limit, behind));
+    }
+    VALAR_NOINLINE bool fail(const char* at, std::string_view message) {
         p_ = at;
         message_ = message;
         return false;
@@ -7863,7 +8279,7 @@ private:
     bool parse_value(Json& out) {
         skip_space();
         if (p_ == end_) return fail("expected a value, found the end");
-        if (++values_ > limits_.values) return fail(format("more than %u values", limits_.values));
+        if (++values_ > limits_.values) return fail_limit("more than ", limits_.values, " values");
         switch (*p_) {
             case '{': return parse_nested(out, &JsonParser::parse_object);
             case '[': return parse_nested(out, &JsonParser::parse_array);
@@ -7876,7 +8292,7 @@ private:
     }
 
     bool parse_nested(Json& out, bool (JsonParser::*parse)(Json&)) {
-        if (depth_ >= limits_.depth) return fail(format("nested deeper than %u", limits_.depth));
+        if (depth_ >= limits_.depth) return fail_limit("nested deeper than ", limits_.depth, "");
         ++depth_;
         ++p_;
         const bool good = (this->*parse)(out);
@@ -7884,7 +8300,7 @@ private:
         return good;
     }
 
-    bool parse_word(std::string_view word, Json& out, Json value) {
+    VALAR_NOINLINE bool parse_word(std::string_view word, Json& out, Json value) {
         if (std::string_view(p_, size_t(end_ - p_)).substr(0, word.size()) != word)
             return fail("expected a value");
         p_ += word.size();
@@ -7892,7 +8308,7 @@ private:
         return true;
     }
 
-    bool parse_number(Json& out) {
+    VALAR_NOINLINE bool parse_number(Json& out) {
         Decimal number;
         const char* end = scan_decimal(p_, end_, number);
         if (end == nullptr)
@@ -7919,9 +8335,14 @@ private:
         do {
             Json item;
             if (!parse_value(item)) return false;
-            items_.push_back(std::move(item));
+            keep(item);
         } while (take(','));
-        if (!take(']')) return fail("expected ',' or ']'");
+        return take(']') ? finish_array(out, base) : fail("expected ',' or ']'");
+    }
+
+    VALAR_NOINLINE void keep(Json& item) { items_.push_back(std::move(item)); }
+
+    VALAR_NOINLINE bool finish_array(Json& out, size_t base) {
         const auto first = items_.begin() + std::ptrdiff_t(base);
         out.store(Json::Kind::array, new std::vector<Json>(std::make_move_iterator(first),
                                                            std::make_move_iterator(items_.end())));
@@ -7934,21 +8355,24 @@ private:
         if (take('}')) return true;
         const size_t base = pending_.size();
         do {
-            skip_space();
-            const char* at = p_;
-            if (p_ == end_ || *p_ != '"') return fail("expected a key in quotes");
-            if (!parse_string()) return false;
-            std::string key(text_);
-            if (!take(':')) return fail("expected ':'");
+            const size_t at = pending_.size();
             Json value;
-            if (!parse_value(value)) return false;
-            pending_.push_back({{std::move(key), std::move(value)}, at});
+            if (!parse_key() || !parse_value(value)) return false;
+            pending_[at].member.value = std::move(value);
         } while (take(','));
-        if (!take('}')) return fail("expected ',' or '}'");
-        return finish_object(out, base);
+        return take('}') ? finish_object(out, base) : fail("expected ',' or '}'");
     }
 
-    bool finish_object(Json& out, size_t base) {
+    VALAR_NOINLINE bool parse_key() {
+        skip_space();
+        const char* at = p_;
+        if (p_ == end_ || *p_ != '"') return fail("expected a key in quotes");
+        if (!parse_string()) return false;
+        pending_.push_back({{std::string(text_), {}}, at});
+        return take(':') || fail("expected ':'");
+    }
+
+    VALAR_NOINLINE bool finish_object(Json& out, size_t base) {
         auto* object = new Json::Object();
         out.store(Json::Kind::object, object);
         object->members.reserve(pending_.size() - base);
@@ -8055,6 +8479,13 @@ public:
         : out_(out), style_(style), canonical_(canonical) {}
 
     void write(const Json& value) {
+        if (value.is_array()) write_array(value.items());
+        else if (value.is_object()) write_object(value.members());
+        else write_scalar(value);
+    }
+
+private:
+    VALAR_NOINLINE void write_scalar(const Json& value) {
         switch (value.kind()) {
             case Json::Kind::null: out_ += "null"; break;
             case Json::Kind::boolean: out_ += value.as_bool() ? "true" : "false"; break;
@@ -8062,12 +8493,11 @@ public:
             case Json::Kind::uint64: append_unsigned(out_, value.as_uint()); break;
             case Json::Kind::real: write_real(value.as_double()); break;
             case Json::Kind::string: write_json_string(out_, value.as_string()); break;
-            case Json::Kind::array: write_array(value.items()); break;
-            case Json::Kind::object: write_object(value.members()); break;
+            case Json::Kind::array:
+            case Json::Kind::object: break;
         }
     }
 
-private:
     void write_real(double value) {
         constexpr double two63 = 9223372036854775808.0;
         const bool whole = canonical_ && std::trunc(value) == value;
@@ -8087,25 +8517,28 @@ private:
 
     void write_object(std::span<const JsonMember> members) {
         open('{');
-        if (canonical_) {
-            std::vector<const JsonMember*> sorted;
-            for (const JsonMember& member : members) sorted.push_back(&member);
-            sort_items(sorted, [](const JsonMember* a, const JsonMember* b) {
-                return a->key < b->key;  // bytes of UTF-8 sort as their code points
-            });
-            for (const JsonMember* member : sorted) write_member(*member, member == sorted[0]);
-        } else {
-            for (const JsonMember& member : members)
-                write_member(member, &member == members.data());
+        std::vector<const JsonMember*> sorted;
+        if (canonical_) sort(members, sorted);
+        for (size_t i = 0; i < members.size(); ++i) {
+            const JsonMember& member = canonical_ ? *sorted[i] : members[i];
+            write_key(member.key, i == 0);
+            write(member.value);
         }
         close('}', members.empty());
     }
 
-    void write_member(const JsonMember& member, bool first) {
+    VALAR_NOINLINE static void sort(std::span<const JsonMember> members,
+                                    std::vector<const JsonMember*>& sorted) {
+        for (const JsonMember& member : members) sorted.push_back(&member);
+        sort_items(sorted, [](const JsonMember* a, const JsonMember* b) {
+            return a->key < b->key;  // bytes of UTF-8 sort as their code points
+        });
+    }
+
+    VALAR_NOINLINE void write_key(const std::string& key, bool first) {
         separate(first);
-        write_json_string(out_, member.key);
+        write_json_string(out_, key);
         out_ += style_.spaced || style_.indent >= 0 ? ": " : ":";
-        write(member.value);
     }
 
     void open(char bracket) {
@@ -8121,7 +8554,7 @@ private:
         if (!empty) new_line();
         out_ += bracket;
     }
-    void new_line() {
+    VALAR_NOINLINE void new_line() {
         if (style_.indent >= 0) out_.append("\n").append(depth_ * size_t(style_.indent), ' ');
     }
 
@@ -8212,7 +8645,7 @@ namespace detail {
 struct ResponseRecord {
     std::string id;  ///< "resp_" + 24 of [0-9a-z]
     std::string organisation;
-    std::string message_id;    ///< "msg_" + 24 of [0-9a-z]
+    std::string message_id;    ///< of the first one, see first_message_id
     int64_t created_at = 0;    ///< unix seconds
     int64_t completed_at = 0;  ///< 0 until terminal
     Status status = Status::pending;
@@ -8222,6 +8655,7 @@ struct ResponseRecord {
     double top_p = 1;
     int64_t seed = 0;
     uint32_t input_tokens = 0;                    ///< of the prompt; not kept
+    std::string key = {};                         ///< id of the API key that asked
     Json raw = {};                                ///< of a prompt past the template
     std::string conversation_last = {};           ///< the item of it before the request's own
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
@@ -8381,6 +8815,9 @@ struct DialectWords {
 const DialectWords& words_of(Dialect dialect);
 const char* status_name(Status status, bool cut, const DialectWords& words);
 
+/// Refuses the first field whose name is of another surface or a slip of the hand, near to one of
+/// `ours`. Other strange names are newer than this, and left alone.
+Fault check_names(const Json& body, std::span<const std::string_view> ours);
 /// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
 /// order, other fields in document order, rules across fields. Errors: invalid_request with code
 /// and param; the message says what is wrong, what was received and what is allowed.
@@ -8388,9 +8825,11 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect = Diale
 /// The response object, all its keys in their order.
 Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
 /// The items of an answer's `output`: one for the text of a Responder that has no items; the id of
-/// each but the first message, and its status.
+/// each but the first message, which says what response it is of; its status.
 std::vector<Item> output_items(const Outcome& outcome, Status status);
+std::string first_message_id(const std::string& response_id);
 std::string output_item_id(const std::string& response_id, Item::Kind kind, size_t index);
+std::string item_response_id(std::string_view item_id);
 const char* output_item_status(bool last, Status status, bool cut, const DialectWords& words);
 std::vector<TokenLogprob> logprobs_of(const Outcome& outcome, size_t index);
 Json render_logprobs(const std::vector<TokenLogprob>& tokens);
@@ -8429,6 +8868,8 @@ constexpr std::string_view effort_name(Effort effort) {
 inline constexpr std::string_view kWindowNames[] = {"asap", "standard", "flex"};
 static_assert(std::size(kWindowNames) == static_cast<size_t>(Window::flex) + 1);
 inline constexpr std::string_view kWindowKey = "completion_window";  // in a request's metadata
+inline constexpr std::string_view kWebhookKey = "completion_webhook";
+inline constexpr std::string_view kWebhookTokenKey = "webhook_token";
 inline constexpr const char* kWindowField = "metadata.completion_window";
 constexpr std::string_view window_name(Window window) {
     return kWindowNames[static_cast<size_t>(window)];
@@ -9163,8 +9604,12 @@ Fault read_format(const Json& form, const std::string& path, bool custom, Format
         if (type.as_string() == row.name) return row.read(form, path, out);
         names.push_back(row.name);
     }
-    return check_choice(type, path + ".type", names,
-                        type.as_string() == "json_object" ? "unsupported_value" : "invalid_value");
+    if (!custom && type.as_string() == "json_object")
+        return api_error("unsupported_value", path + ".type",
+                         "'" + path +
+                             ".type': \"json_object\" is not supported: send \"json_schema\" with "
+                             "the schema {\"type\": \"object\"}");
+    return check_choice(type, path + ".type", names);
 }
 
 }  // namespace
@@ -9245,13 +9690,14 @@ Json write_reasoning(const Request& request) {
 
 // ---- Tools -------------------------------------------------------------------------------------
 
-// Tools that are known, and none of ours: that a server runs by itself, or a client in a way of its own.
-constexpr std::string_view server_tools[] = {"web_search",       "web_search_preview",
-                                             "file_search",      "code_interpreter",
-                                             "image_generation", "mcp"};
-constexpr std::string_view client_tools[] = {"computer",    "computer_use", "computer_use_preview",
-                                             "local_shell", "shell",        "apply_patch",
-                                             "namespace",   "tool_search"};
+// Tools that are known, and none of ours. The openai dialect refuses those that a server would have to
+// run, and ignores the others, among them the search that Codex declares unasked.
+constexpr std::string_view server_tools[] = {"file_search", "code_interpreter", "image_generation",
+                                             "mcp"};
+constexpr std::string_view client_tools[] = {"web_search",   "web_search_preview",   "computer",
+                                             "computer_use", "computer_use_preview", "local_shell",
+                                             "shell",        "apply_patch",          "namespace",
+                                             "tool_search"};
 
 bool is_one_of(std::string_view type, std::span<const std::string_view> types) {
     return std::find(types.begin(), types.end(), type) != types.end();
@@ -9503,16 +9949,24 @@ Json doc_seed(Dialect) {
 
 Json write_seed(const Request& request) { return request.seed ? Json(*request.seed) : Json(); }
 
-// A switch that has one legal position.
-Fault fixed_switch(const Json& value, const char* path, bool position) {
+constexpr const char* in_openai_dialect =
+    " is not supported in this dialect: start the server with --dialect openai "
+    "(in C++ ServerOptions::dialect)";
+
+// A switch that has one legal position here.
+Fault fixed_switch(const Json& value, const char* path, bool position, const char* instead) {
     if (Fault fault = check_bool(value, path)) return fault;
     if (value.as_bool() == position) return {};
-    return api_wrong_value("unsupported_value", path, position ? "true" : "false", value);
+    return api_error(
+        "unsupported_value", path,
+        join({"'", path, "': ", position ? "false" : "true", in_openai_dialect, instead}));
 }
 Json doc_switch(bool position) {
     return doc_type("boolean").set("enum", Json::array().push(position));
 }
-Fault field_store(const Json& value, Request*) { return fixed_switch(value, "store", true); }
+Fault field_store(const Json& value, Request*) {
+    return fixed_switch(value, "store", true, ", or DELETE the response once it is read");
+}
 Fault openai_store(const Json& value, Request* request) {
     request->store = value.as_bool();
     return check_bool(value, "store");
@@ -9551,7 +10005,11 @@ Json write_conversation(const Request& request) {
     return request.conversation.empty() ? Json() : Json(request.conversation);
 }
 
-Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
+Fault field_stream(const Json& value, Request*) {
+    return fixed_switch(value, "stream", false,
+                        ", or ask with 'background': true and poll GET /v1/responses/{id}; POST "
+                        "/v1/chat/completions streams in both");
+}
 Fault openai_stream(const Json& value, Request* request) {
     request->stream = value.as_bool();
     return check_bool(value, "stream");
@@ -9602,9 +10060,8 @@ Fault check_metadata(const std::string& key, const Json& value) {
             "string_above_max_length", "metadata",
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
-    if (key == "completion_webhook") return api_unsupported("unsupported_parameter", path);
     if (key == kWindowKey) return check_choice(value, path, kWindowNames);
-    if (key != "webhook_token") return {};
+    if (key != kWebhookTokenKey) return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
                                    [](char c) { return c > ' ' && c < 127; });
@@ -9634,8 +10091,8 @@ Json doc_metadata(Dialect) {
         .set("propertyNames", doc_text(0, metadata_max_key))
         .set("properties", Json::object()
                                .set(kWindowKey, doc_words(kWindowNames))
-                               .set("webhook_token", token)
-                               .set("completion_webhook", false))
+                               .set(kWebhookKey, doc_text(0, metadata_max_value))
+                               .set(kWebhookTokenKey, token))
         .set("additionalProperties", doc_text(0, metadata_max_value));
 }
 
@@ -9653,22 +10110,34 @@ constexpr std::string_view refused_includes[] = {
     "code_interpreter_call.outputs", "computer_call_output.output.image_url",
     "file_search_call.results"};
 
-Fault field_include(const Json& value, Request* request) {
+// Codex always asks for the first: the openai dialect takes that, for thoughts are in the clear here.
+std::span<const std::string_view> refused_in(Dialect dialect) {
+    return std::span(refused_includes).subspan(dialect == Dialect::openai ? 1 : 0);
+}
+
+Fault read_include(const Json& value, Dialect dialect, Request* request) {
     if (!value.is_array()) return api_wrong_type("include", "an array", value);
+    const auto refused = refused_in(dialect);
     for (size_t i = 0; i < value.size(); ++i) {
         const std::string path = api_index("include", i);
         if (!value[i].is_string()) return api_wrong_type(path, "a string", value[i]);
         const std::string_view name = value[i].as_string();
-        if (std::find(std::begin(refused_includes), std::end(refused_includes), name) !=
-            std::end(refused_includes))
+        if (std::find(refused.begin(), refused.end(), name) != refused.end())
             return api_unsupported("unsupported_value", path, name);
         if (name == kIncludeLogprobs) request->logprobs = true;
     }
     return {};
 }
 
-Json doc_include(Dialect) {
-    return doc_array(doc_type("string").set("not", doc_words(refused_includes)));
+Fault field_include(const Json& value, Request* request) {
+    return read_include(value, Dialect::valar, request);
+}
+Fault openai_include(const Json& value, Request* request) {
+    return read_include(value, Dialect::openai, request);
+}
+
+Json doc_include(Dialect dialect) {
+    return doc_array(doc_type("string").set("not", doc_words(refused_in(dialect))));
 }
 
 Json write_include(const Request& request) {
@@ -9751,7 +10220,8 @@ struct RequestField {
     Json (*write)(const Request&) = nullptr;    // null where it is as by default
     Json (*schema)(Dialect dialect) = nullptr;  // what `read` takes; null: nothing
     const char* about = "Not supported.";
-    Read openai = nullptr;  // where that dialect differs
+    Read openai = nullptr;     // where that dialect differs
+    const char* instead = "";  // what to send where it is not supported
 };
 constexpr RequestField request_fields[] = {
     // clang-format off
@@ -9766,13 +10236,13 @@ constexpr RequestField request_fields[] = {
     {"metadata", field_metadata, write_metadata, doc_metadata, "Kept with the response; completion_window says when it is wanted."},
     {"tools", field_tools, write_tools, doc_tools, "What the model may call.", openai_tools},
     {"tool_choice", field_tool_choice, write_tool_choice, doc_tool_choice_field, "Which tools must or may be called."},
-    {"include", field_include, write_include, doc_include, "message.output_text.logprobs: log-probabilities of tokens."},
+    {"include", field_include, write_include, doc_include, "message.output_text.logprobs: log-probabilities of tokens.", openai_include},
     {"service_tier", field_service_tier, nullptr, doc_service_tier, "There is one."},
     {"stop", field_stop, write_stop, doc_stop, "Ends the answer before the first of these, each of at most 256 bytes."},
     {"logit_bias", field_logit_bias, write_logit_bias, doc_logit_bias, "Added to the logits of tokens, by their ids."},
-    {"previous_response_id", nullptr, write_previous, doc_previous, "Its turns come first.", openai_previous},
-    {"conversation", nullptr, write_conversation, doc_conversation, "Its items come first; what is asked and answered becomes part of it.", openai_conversation},
-    {"prompt", nullptr},
+    {"previous_response_id", nullptr, write_previous, doc_previous, "Its turns come first.", openai_previous, ", or send the earlier turns in 'input'"},
+    {"conversation", nullptr, write_conversation, doc_conversation, "Its items come first; what is asked and answered becomes part of it.", openai_conversation, ", or send its items in 'input'"},
+    {"prompt", nullptr, nullptr, nullptr, "Not supported.", nullptr, ": send 'instructions' and 'input'"},
     // clang-format on
 };
 constexpr std::string_view required_fields[] = {"model", "input"};
@@ -9796,7 +10266,9 @@ Fault read_field(const RequestField& row, const Json& value, Dialect dialect, Re
     const bool differs = dialect == Dialect::openai && row.openai;
     const RequestField::Read read = differs ? row.openai : row.read;
     if (read) return read(value, request);
-    return api_unsupported("unsupported_parameter", std::string(row.name));
+    return api_error("unsupported_parameter", std::string(row.name),
+                     join({"'", row.name, "'", row.openai ? in_openai_dialect : " is not supported",
+                           row.instead}));
 }
 
 template <class Row, size_t N>
@@ -9828,19 +10300,26 @@ Fault read_member(const JsonMember& member, Dialect dialect, Request* request) {
 }
 
 /// The names of all fields that are read.
-template <class Take>
-void each_field(Take take) {
-    for (const TextOption& row : text_options) take(std::string_view(row.name));
-    for (const NumberOption& row : number_options) take(std::string_view(row.name));
-    for (const CountOption& row : count_options) take(std::string_view(row.name));
-    for (const SwitchOption& row : switch_options) take(std::string_view(row.name));
-    for (const RequestField& row : request_fields) take(std::string_view(row.name));
+std::vector<std::string_view> field_names() {
+    std::vector<std::string_view> names;
+    const auto add = [&](const auto& rows) {
+        for (const auto& row : rows) names.emplace_back(row.name);
+    };
+    add(text_options);
+    add(number_options);
+    add(count_options);
+    add(switch_options);
+    add(request_fields);
+    return names;
 }
 
 Fault check_background(const Request& request) {
-    if (request.background && !request.store)
+    const bool hooked = std::any_of(request.metadata.begin(), request.metadata.end(),
+                                    [](const auto& pair) { return pair.first == kWebhookKey; });
+    if (!request.store && (request.background || hooked))
         return api_error("unsupported_value", "store",
-                         "'store' must be true with 'background', but false was received");
+                         format("'store' must be true with '%s', but false was received",
+                                hooked ? "metadata.completion_webhook" : "background"));
     if (request.background || request.window != Window::flex) return {};
     return api_error("invalid_value", kWindowField,
                      format("'%s' may be \"flex\" only with 'background': true", kWindowField));
@@ -10040,79 +10519,9 @@ Result<Request> read_request(const Json& body, Dialect dialect) {
     return request;
 }
 
-namespace {
-
-/// Fields of other surfaces, and what stands for them here.
-struct ForeignField {
-    std::string_view name;
-    const char* here;
-};
-constexpr ForeignField foreign_fields[] = {
-    {"messages", "'input'"},
-    {"system", "'instructions'"},
-    {"max_tokens", "'max_output_tokens'"},
-    {"max_completion_tokens", "'max_output_tokens'"},
-    {"response_format", "'text.format'"},
-    {"reasoning_effort", "'reasoning.effort'"},
-    {"thinking", "'reasoning.effort'"},
-    {"functions", "'tools'"},
-    {"function_call", "'tool_choice'"},
-    {"stop_sequences", "'stop'"},
-    {"logprobs", "'include': [\"message.output_text.logprobs\"]"},
-    {"n", "a request for each answer"},
-};
-constexpr size_t most_edits = 2, most_strange_names = 64;
-
-/// Letters to change, add or take away; more than most_edits where the lengths say so.
-size_t count_edits(std::string_view a, std::string_view b) {
-    if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > most_edits)
-        return most_edits + 1;
-    std::vector<size_t> row(b.size() + 1);
-    for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
-    for (size_t i = 0; i < a.size(); ++i) {
-        size_t corner = std::exchange(row[0], i + 1);
-        for (size_t j = 0; j < b.size(); ++j) {
-            const size_t change = corner + (a[i] != b[j]);
-            corner = row[j + 1];
-            row[j + 1] = std::min({change, row[j + 1] + 1, row[j] + 1});
-        }
-    }
-    return row[b.size()];
-}
-
-/// A name that is none of ours, but of another surface or a slip of the hand. Others are newer
-/// than this, and left alone.
-Fault check_strange_name(const std::string& name) {
-    for (const ForeignField& row : foreign_fields)
-        if (row.name == name)
-            return api_error("unknown_parameter", name,
-                             join({"'", name, "' is of another surface: here it is ", row.here}));
-    Fault fault;
-    each_field([&](std::string_view ours) {
-        if (!fault && count_edits(name, ours) <= most_edits)
-            fault = api_error("unknown_parameter", name,
-                              join({"there is no '", name, "': did you mean '", ours, "'?"}));
-    });
-    return fault;
-}
-
-Fault check_names(const Json& body) {
-    size_t strange = 0;
-    for (const JsonMember& member : body.members()) {
-        bool known = false;
-        each_field([&](std::string_view ours) { known |= ours == member.key; });
-        if (known) continue;
-        if (++strange > most_strange_names) break;
-        if (Fault fault = check_strange_name(member.key)) return fault;
-    }
-    return {};
-}
-
-}  // namespace
-
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
-    if (Fault fault = check_names(body)) return std::move(*fault);
+    if (Fault fault = check_names(body, field_names())) return std::move(*fault);
     const bool goes_on = dialect == Dialect::openai && (!body["previous_response_id"].is_null() ||
                                                         !body["conversation"].is_null());
     for (const std::string_view name : required_fields)
@@ -10137,6 +10546,97 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (Fault fault = check_tools(request)) return std::move(*fault);
     if (Fault fault = check_background(request)) return std::move(*fault);
     return read;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/names.cpp -------------------------------------------------------------------------
+
+// Names of fields that are none of ours.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+/// Fields of other surfaces, and what stands for them here.
+struct ForeignField {
+    std::string_view name;
+    const char* here;
+};
+constexpr ForeignField foreign_fields[] = {
+    {"messages", "'input'"},
+    {"contents", "'input'"},
+    {"system", "'instructions'"},
+    {"system_prompt", "'instructions'"},
+    {"max_tokens", "'max_output_tokens'"},
+    {"max_completion_tokens", "'max_output_tokens'"},
+    {"max_new_tokens", "'max_output_tokens'"},
+    {"n_predict", "'max_output_tokens'"},
+    {"num_predict", "'max_output_tokens'"},
+    {"response_format", "'text.format'"},
+    {"format", "'text.format'"},
+    {"json_schema", "'text.format'"},
+    {"grammar", "'text.format'"},
+    {"guided_json", "'text.format'"},
+    {"guided_regex", "'text.format'"},
+    {"guided_choice", "'text.format'"},
+    {"guided_grammar", "'text.format'"},
+    {"output_config", "'text.format'"},
+    {"reasoning_effort", "'reasoning.effort'"},
+    {"thinking", "'reasoning.effort'"},
+    {"functions", "'tools'"},
+    {"function_call", "'tool_choice'"},
+    {"stop_sequences", "'stop'"},
+    {"repeat_penalty", "'repetition_penalty'"},
+    {"logprobs", "'include': [\"message.output_text.logprobs\"]"},
+    {"n", "a request for each answer"},
+    {"best_of", "a request for each answer"},
+};
+constexpr size_t most_edits = 2, most_strange_names = 64;
+
+/// Letters to change, add or take away; more than most_edits where the lengths say so.
+size_t count_edits(std::string_view a, std::string_view b) {
+    if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > most_edits)
+        return most_edits + 1;
+    std::vector<size_t> row(b.size() + 1);
+    for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+    for (size_t i = 0; i < a.size(); ++i) {
+        size_t corner = std::exchange(row[0], i + 1);
+        for (size_t j = 0; j < b.size(); ++j) {
+            const size_t change = corner + (a[i] != b[j]);
+            corner = row[j + 1];
+            row[j + 1] = std::min({change, row[j + 1] + 1, row[j] + 1});
+        }
+    }
+    return row[b.size()];
+}
+
+Fault check_strange_name(const std::string& name, std::span<const std::string_view> ours) {
+    for (const ForeignField& row : foreign_fields)
+        if (row.name == name)
+            return api_error("unknown_parameter", name,
+                             join({"'", name, "' is of another surface: here it is ", row.here}));
+    for (const std::string_view own : ours)
+        if (count_edits(name, own) <= most_edits)
+            return api_error("unknown_parameter", name,
+                             join({"there is no '", name, "': did you mean '", own, "'?"}));
+    return {};
+}
+
+}  // namespace
+
+Fault check_names(const Json& body, std::span<const std::string_view> ours) {
+    size_t strange = 0;
+    for (const JsonMember& member : body.members()) {
+        if (std::find(ours.begin(), ours.end(), member.key) != ours.end()) continue;
+        if (++strange > most_strange_names) break;
+        if (Fault fault = check_strange_name(member.key, ours)) return fault;
+    }
+    return {};
 }
 
 }  // namespace detail
@@ -10262,8 +10762,25 @@ std::vector<Item> output_items(const Outcome& outcome, Status status) {
     return items;
 }
 
+// An item's id has what comes after "resp_" in its response's, so that it is found without an index.
+static constexpr std::string_view response_prefix = "resp_";
+
+static std::string id_in_response(const std::string& response_id, const char* prefix) {
+    return prefix + response_id.substr(std::min(response_prefix.size(), response_id.size()));
+}
+
+std::string first_message_id(const std::string& response_id) {
+    return id_in_response(response_id, item_type(Item::Kind::message).prefix);
+}
+
 std::string output_item_id(const std::string& response_id, Item::Kind kind, size_t index) {
-    return derive_id(item_type(kind).prefix, response_id + "/" + std::to_string(index));
+    return id_in_response(response_id, item_type(kind).prefix) + std::to_string(index);
+}
+
+std::string item_response_id(std::string_view item_id) {
+    const size_t drawn = item_id.find('_');
+    if (drawn == item_id.npos) return {};
+    return std::string(response_prefix).append(item_id.substr(drawn + 1, drawn_characters));
 }
 
 const char* output_item_status(bool last, Status status, bool cut, const DialectWords& words) {
@@ -10361,7 +10878,7 @@ namespace {
 
 Json render_metadata(const Json& given) {
     Json shown = given.is_object() ? given : Json::object();
-    if (Json* token = shown.find("webhook_token")) *token = "***";
+    if (Json* token = shown.find(kWebhookTokenKey)) *token = "***";
     return shown;
 }
 
@@ -21558,6 +22075,8 @@ enum class Kind : uint8_t {
 /// What an iterator is: a generator gives its items once, a view of a dict gives them always.
 enum class View : uint8_t { generator, items, keys, values };
 
+inline constexpr const char* stack_too_small = "nested too deep for this thread's stack";
+
 struct Value {
     Value() = default;
     Value(const Value& other);  // these are long, and used in a thousand places: never inline
@@ -21768,7 +22287,38 @@ Value::Value(const Value&) = default;
 Value::Value(Value&&) noexcept = default;
 Value& Value::operator=(const Value&) = default;
 Value& Value::operator=(Value&&) noexcept = default;
-Value::~Value() = default;
+
+namespace {
+
+/// What else dies with `v`, and nests, comes to `waiting`.
+void take_nested(Value& v, List& waiting) {
+    const auto take = [&](Value& inner) {
+        if (inner.depth > 1) waiting.push_back(std::move(inner));
+    };
+    const bool is_dict = v.kind == Kind::dict;
+    if (v.depth > 2 && v.object.use_count() == 1 &&
+        (is_dict || is_list(v) || v.kind == Kind::iterator)) {
+        if (is_dict)
+            for (Entry& e : *static_cast<Dict*>(v.object.get())) take(e.value);
+        else
+            for (Value& item : *static_cast<List*>(v.object.get())) take(item);
+    }
+    v.depth = 0;
+}
+
+}  // namespace
+
+/// Lists in lists one after another: destructors in destructors would take as much stack as they nest.
+Value::~Value() {
+    if (depth < 3) return;
+    List waiting;
+    take_nested(*this, waiting);
+    while (!waiting.empty()) {
+        Value last = std::move(waiting.back());
+        waiting.pop_back();
+        take_nested(last, waiting);
+    }
+}
 
 Value make_text(Text text) {
     Value v;
@@ -22148,6 +22698,24 @@ void Lexer::lexeme() {
 // node with many children, so that the tree is as deep as the source nests, no deeper. After the
 // first error the parser stands at the end of the lexemes, where all loops end.
 
+/// An operator between two operands. Those of one level chain from left to right; a higher level
+/// binds tighter.
+struct Operator {
+    const char* spelling;
+    uint8_t level;
+    Op op;
+};
+constexpr uint8_t negation_level = 2, comparison_level = 3;
+constexpr Operator operators[] = {
+    {"or", 0, Op::any},       {"and", 1, Op::all},          {"==", 3, Op::equal},
+    {"!=", 3, Op::not_equal}, {"<", 3, Op::less},           {"<=", 3, Op::less_equal},
+    {">", 3, Op::greater},    {">=", 3, Op::greater_equal}, {"in", 3, Op::in},
+    {"+", 4, Op::add},        {"-", 4, Op::subtract},       {"~", 5, Op::concat},
+    {"*", 6, Op::multiply},   {"//", 6, Op::floor_divide},  {"/", 6, Op::divide},
+    {"%", 6, Op::modulo},     {"**", 7, Op::power},
+};
+constexpr Operator not_in = {"not in", comparison_level, Op::not_in};
+
 class Parser {
 public:
     explicit Parser(TemplateProgram& program, std::vector<Lexeme> lexemes)
@@ -22175,6 +22743,7 @@ private:
     struct Nested {
         explicit Nested(Parser& parser) : parser_(parser) {
             if (++parser_.depth_ > ChatTemplate::max_nesting) parser_.fail("nested too deep");
+            else if (parser_.stack_.is_low()) parser_.fail(stack_too_small);
         }
         ~Nested() { --parser_.depth_; }
         Nested(const Nested&) = delete;
@@ -22227,10 +22796,10 @@ private:
 
     uint32_t expression(bool conditionals = true);
     uint32_t tuple(bool conditionals, bool parenthesised = false);
-    uint32_t logic(Op op);
+    const Operator* find_operator() const;
+    uint32_t operation(uint8_t level);
     uint32_t negation();
-    uint32_t comparison();
-    uint32_t arithmetic(size_t level);
+    uint32_t chain_of(uint8_t level, uint32_t begin, uint32_t first);
     uint32_t unary(bool filters);
     uint32_t primary();
     uint32_t word();
@@ -22248,6 +22817,7 @@ private:
     uint32_t chained(uint32_t line, const Ids& chain);
 
     TemplateProgram& p_;
+    const StackLimit stack_ = {};
     std::vector<Lexeme> lexemes_;
     std::unordered_map<std::string, uint32_t> name_ids_ = {};
     size_t at_ = 0;
@@ -22550,9 +23120,9 @@ uint32_t Parser::single_target(bool fields) {
 uint32_t Parser::expression(bool conditionals) {
     const Nested nested(*this);
     const uint32_t line = now().line;
-    uint32_t made = logic(Op::any);
+    uint32_t made = operation(0);
     while (conditionals && take_word("if")) {
-        const uint32_t condition = logic(Op::any);
+        const uint32_t condition = operation(0);
         const uint32_t otherwise = take_word("else") ? expression() : 0;
         made = node(Op::conditional, line, 0, {condition, made, otherwise});
     }
@@ -22574,67 +23144,47 @@ uint32_t Parser::tuple(bool conditionals, bool parenthesised) {
     return items.empty() ? fail("expected an expression") : items[0];
 }
 
-uint32_t Parser::logic(Op op) {
-    const uint32_t line = now().line;
-    const auto operand = [&] { return op == Op::any ? logic(Op::all) : negation(); };
-    Ids items = {operand()};
-    while (take_word(op == Op::any ? "or" : "and")) items.push_back(operand());
-    return items.size() == 1 ? items[0] : node(op, line, 0, items);
+/// The operator that stands here, or null.
+const Operator* Parser::find_operator() const {
+    const Lexeme& here = now();
+    if (here.type != Type::symbol && here.type != Type::name) return nullptr;
+    if (is_word("not")) return peek().type == Type::name && peek().text == "in" ? &not_in : nullptr;
+    for (const Operator& o : operators)
+        if (here.text == o.spelling) return &o;
+    return nullptr;
 }
 
-uint32_t Parser::negation() {
-    const uint32_t line = now().line;
-    if (!take_word("not")) return comparison();
-    const Nested nested(*this);
-    return node(Op::negation, line, 0, {negation()});
-}
-
-uint32_t Parser::comparison() {
-    static const struct {
-        const char* symbol;
-        Op op;
-    } operators[] = {{"==", Op::equal},      {"!=", Op::not_equal}, {"<", Op::less},
-                     {"<=", Op::less_equal}, {">", Op::greater},    {">=", Op::greater_equal}};
+/// Operands with operators of `level` and tighter ones between them: one loop for all levels, for a
+/// function of each would take its part of the stack at every parenthesis.
+uint32_t Parser::operation(uint8_t level) {
     const uint32_t begin = now().line;
-    Ids items = {arithmetic(0)};
+    uint32_t made = level <= negation_level && is_word("not") ? negation() : unary(true);
     for (;;) {
-        const uint32_t line = now().line;
-        Op op = Op::body;
-        for (const auto& o : operators)
-            if (take(o.symbol)) op = o.op;
-        if (op == Op::body && take_word("in")) op = Op::in;
-        if (op == Op::body && is_word("not") && peek().type == Type::name && peek().text == "in") {
-            next();
-            next();
-            op = Op::not_in;
-        }
-        if (op == Op::body) break;
-        items.push_back(node(op, line, 0, {arithmetic(0)}));
+        const Operator* const found = find_operator();
+        if (!found || found->level < level) return made;
+        made = chain_of(found->level, begin, made);
     }
-    return items.size() == 1 ? items[0] : node(Op::comparison, begin, 0, items);
 }
 
-uint32_t Parser::arithmetic(size_t level) {
-    static const struct {
-        const char* symbol;
-        size_t level;
-        Op op;
-    } operators[] = {{"+", 0, Op::add},      {"-", 0, Op::subtract},      {"~", 1, Op::concat},
-                     {"*", 2, Op::multiply}, {"//", 2, Op::floor_divide}, {"/", 2, Op::divide},
-                     {"%", 2, Op::modulo},   {"**", 3, Op::power}};
-    if (level == 4) return unary(true);
-    const uint32_t begin = now().line;
-    Ids chain = {arithmetic(level + 1)};
-    for (bool found = true; found;) {
-        found = false;
-        for (const auto& o : operators) {
-            const uint32_t line = now().line;
-            if (o.level != level || !take(o.symbol)) continue;
-            chain.push_back(node(o.op, line, 0, {arithmetic(level + 1)}));
-            found = true;
-        }
+VALAR_NOINLINE uint32_t Parser::negation() {
+    const Nested nested(*this);
+    const uint32_t line = next().line;
+    return node(Op::negation, line, 0, {operation(negation_level)});
+}
+
+/// `first` and what operators of just this level append.
+VALAR_NOINLINE uint32_t Parser::chain_of(uint8_t level, uint32_t begin, uint32_t first) {
+    Ids items = {first};
+    Op op = Op::chain;
+    for (const Operator* o; (o = find_operator()) && o->level == level;) {
+        const uint32_t line = next().line;
+        if (o == &not_in) next();
+        const uint32_t operand = operation(uint8_t(level + 1));
+        if (level < negation_level) op = o->op;
+        else if (level == comparison_level) op = Op::comparison;
+        items.push_back(level < negation_level ? operand : node(o->op, line, 0, {operand}));
     }
-    return chained(begin, chain);
+    return node(op, begin, 0, items);
 }
 
 uint32_t Parser::chained(uint32_t line, const Ids& chain) {
@@ -22657,7 +23207,7 @@ uint32_t Parser::unary(bool with_filters) {
     return chained(line, chain);
 }
 
-uint32_t Parser::primary() {
+VALAR_NOINLINE uint32_t Parser::primary() {
     switch (now().type) {
         case Type::name: return word();
         case Type::string: return string();
@@ -22673,7 +23223,7 @@ uint32_t Parser::primary() {
     return made;
 }
 
-uint32_t Parser::word() {
+VALAR_NOINLINE uint32_t Parser::word() {
     static const struct {
         const char* word;
         Kind kind;
@@ -22754,7 +23304,7 @@ uint32_t Parser::number() {
     return constant(make_int(value), lexeme.line);
 }
 
-uint32_t Parser::list() {
+VALAR_NOINLINE uint32_t Parser::list() {
     const uint32_t line = next().line;
     Ids items;
     while (!take("]") && now().type != Type::end) {
@@ -22765,7 +23315,7 @@ uint32_t Parser::list() {
     return node(Op::list, line, 0, items);
 }
 
-uint32_t Parser::dict() {
+VALAR_NOINLINE uint32_t Parser::dict() {
     const uint32_t line = next().line;
     Ids items;
     while (!take("}") && now().type != Type::end) {
@@ -22793,7 +23343,7 @@ bool Parser::postfix(Ids& chain) {
     return true;
 }
 
-bool Parser::filter_or_test(Ids& chain) {
+VALAR_NOINLINE bool Parser::filter_or_test(Ids& chain) {
     const uint32_t line = now().line;
     if (is("|")) {
         const Ids pipes = filters();
@@ -22984,8 +23534,8 @@ public:
     Value raise(std::string_view words);  // the template's own refusal
     bool failed() const { return error_.has_value(); }
     bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }
-    bool charge_bytes(uint64_t bytes);
-    bool room(uint64_t values);  // whether so many more may live at once
+    bool charge_bytes(uint64_t bytes);  // also sees the stack's end: whatever recurses has steps
+    bool room(uint64_t values);         // whether so many more may live at once
     bool room_for(uint64_t bytes);
 
     bool append(Text& out, std::string_view piece, bool request);
@@ -23106,6 +23656,7 @@ private:
                          bool request);
 
     const TemplateProgram& p_;
+    const StackLimit stack_ = {};
     uint64_t live_ = 0;  // bytes of the text and lists that were made; outlives them all
     uint64_t allowed_ = ChatTemplate::max_live_bytes;  // of those; more for a large request
     std::optional<Error> error_ = {};
@@ -23154,6 +23705,7 @@ Value Renderer::raise(std::string_view words) {
 bool Renderer::charge_bytes(uint64_t bytes) {
     spent_ += bytes;
     if (spent_ > ChatTemplate::max_steps * ChatTemplate::bytes_per_step) fail("too many steps");
+    else if (stack_.is_low()) fail(stack_too_small);
     return !failed();
 }
 
@@ -23391,6 +23943,7 @@ Text text_of(std::string_view chars, bool request, bool content) {
 Value Renderer::from_json(const Json& json, bool request, Where where) {
     const Where inside = where == Where::elsewhere ? where : Where::messages;
     Value v;
+    if (stack_.is_low()) return fail(stack_too_small);
     switch (json.kind()) {
         case Json::Kind::null: v = make_none(); break;
         case Json::Kind::boolean: v = make_bool(json.as_bool()); break;
@@ -23612,7 +24165,7 @@ Flow Renderer::run_loop(const Place& place, Value items, uint32_t depth) {
     if (failed()) return Flow::next;
     const auto state = std::make_shared<Loop>(Loop{items, 0, place, depth, std::nullopt});
     Value loop = make_kind(Kind::loop, 0);
-    loop.depth = uint16_t(items.depth + 1);
+    loop.depth = uint16_t(items.depth + 16);  // its destructor calls that of the items
     loop.object = state;
     if (list_in(items).empty()) return execute_scope(children[4]);
     push_frame(place.frame);
@@ -24264,7 +24817,7 @@ Value Renderer::attribute(const Value& v, std::string_view name, uint32_t node) 
     if (v.kind == Kind::undefined) return fail(what(v));
     if (const Builtin* method = find_method(v, name)) {
         Value made = make_kind(Kind::function, 0);
-        made.depth = uint16_t(v.depth + 1);
+        made.depth = uint16_t(v.depth + 16);  // as a loop
         made.object = std::make_shared<Bound>(Bound{v, method});
         return made;
     }
@@ -30326,6 +30879,7 @@ private:
     }
     uint32_t choice() {
         if (++depth_ > kMostGroups) return fail("groups nest deeper than 100");
+        if (stack_.is_low()) return fail("groups nest too deep for this thread's stack");
         std::vector<uint32_t> parts = {sequence()};
         while (more() && take("|")) parts.push_back(sequence());
         --depth_;
@@ -30509,6 +31063,7 @@ private:
     std::string_view text_;
     size_t at_ = 0;
     uint32_t depth_ = 0;
+    const StackLimit stack_ = {};
     bool failed_ = false;
     Error error_;
     Regex out_;
@@ -32052,7 +32607,8 @@ private:
     uint32_t emit(Part p, uint32_t next) {
         if (height_[p] == unlimited) return 0;
         const Kind kind = parts_[p].kind;
-        if (kind != Kind::rule && !(is_big(kind) && uses_[p] > 1)) return emit_body(p, next);
+        const bool apart = is_big(kind) && (uses_[p] > 1 || stack_.is_low());
+        if (kind != Kind::rule && !apart) return emit_body(p, next);
         if (!entries_[p]) {
             entries_[p] = add_split({0});
             waiting_.push_back(p);
@@ -32244,6 +32800,7 @@ private:
     mutable std::map<std::pair<const Dfa*, std::vector<bool>>, OtherKeys> keys_;
     mutable bool failed_ = false;
     std::vector<Part> waiting_;
+    const StackLimit stack_ = {};  // where it ends, parts wait and are called
 };
 
 Result<GrammarPtr> GrammarBuilder::build(Result<Part> root) {
@@ -33550,7 +34107,9 @@ class SchemaDocument {
 public:
     SchemaDocument(const Json& root, Budget& budget) : root_(root), budget_(budget) {}
     /// The limits of the contract, and that every keyword has a value of its kind.
-    Result<void> check() const;
+    Result<void> check();
+    /// Whether there is no room to recurse, also through the document's own values.
+    bool stack_is_low() const { return stack_.is_low(values_nesting_ * 400); }
     /// What a schema's keyword refers to; null: not in this document.
     const Json* resolve(const Json& schema, const char* keyword);
     std::string pointer(const Json& schema) const;
@@ -33577,6 +34136,8 @@ private:
     void index(const Json& at, const std::string* base, int depth, bool named = false);
     const Json& root_;
     Budget& budget_;
+    const StackLimit stack_ = {};
+    size_t values_nesting_ = 0;                  // of what enum and const hold
     std::map<std::string, const Json*> by_uri_;  // resources, and their anchors behind a #
     std::deque<std::string> uris_;               // bases, each once; the first is the empty one
     std::unordered_map<const Json*, const std::string*> bases_;  // empty ones are left out
@@ -33609,7 +34170,7 @@ constexpr uint32_t kMostDepth = 64, kMostProperties = 5'000, kMostEnum = 1'000;
 constexpr size_t kMostCharacters = 120'000, kMostUri = 2048;
 
 struct Totals {
-    size_t properties = 0, values = 0, characters = 0;
+    size_t properties = 0, values = 0, characters = 0, nesting = 0;
 };
 
 // What kind of value a keyword has.
@@ -33720,21 +34281,29 @@ std::string escaped(std::string_view key) {
     return out;
 }
 
-bool find_pointer(const Json& at, const Json& wanted, std::string& path, int depth) {
+bool find_pointer(const Json& at, const Json& wanted, std::string& path, const StackLimit& stack,
+                  int depth = 0) {
     if (&at == &wanted) return true;
-    if (depth > 200) return false;
+    if (depth > 200 || stack.is_low()) return false;
     const size_t size = path.size();
     for (size_t i = 0; i < at.items().size(); ++i) {
         path += "/" + std::to_string(i);
-        if (find_pointer(at.items()[i], wanted, path, depth + 1)) return true;
+        if (find_pointer(at.items()[i], wanted, path, stack, depth + 1)) return true;
         path.resize(size);
     }
     for (const JsonMember& m : at.members()) {
         path += "/" + escaped(m.key);
-        if (find_pointer(m.value, wanted, path, depth + 1)) return true;
+        if (find_pointer(m.value, wanted, path, stack, depth + 1)) return true;
         path.resize(size);
     }
     return false;
+}
+
+size_t nesting_of(const Json& value) {
+    size_t most = 0;
+    for (const Json& item : value.items()) most = std::max(most, nesting_of(item));
+    for (const JsonMember& m : value.members()) most = std::max(most, nesting_of(m.value));
+    return most + (value.is_array() || value.is_object());
 }
 
 Result<void> check_schema(const SchemaDocument& document, const Json& schema, uint32_t depth,
@@ -33757,6 +34326,10 @@ Result<void> check_inside(const SchemaDocument& document, const Json& value, Hol
 Result<void> check_schema(const SchemaDocument& document, const Json& schema, uint32_t depth,
                           Totals& totals) {
     if (depth > kMostDepth) return document.refuse(schema, "", "schemas nest deeper than 64");
+    if (document.stack_is_low())
+        return document.refuse(schema, "", "nests too deep for this thread's stack");
+    for (const char* keyword : {"enum", "const"})
+        totals.nesting = std::max(totals.nesting, nesting_of(schema[keyword]));
     for (const char* keyword :
          {"$id", "id", "$anchor", "$dynamicAnchor", "$ref", "$dynamicRef", "$recursiveRef"})
         if (schema[keyword].as_string().size() > kMostUri)
@@ -33819,15 +34392,17 @@ bool same_json(const Json& a, const Json& b) {
     return a == b;
 }
 
-Result<void> SchemaDocument::check() const {
+Result<void> SchemaDocument::check() {
     if (!is_schema(root_)) return refuse(root_, "", "a schema is an object or a boolean");
     Totals totals;
-    return check_schema(*this, root_, 0, totals);
+    auto ok = check_schema(*this, root_, 0, totals);
+    values_nesting_ = totals.nesting;
+    return ok;
 }
 
 std::string SchemaDocument::pointer(const Json& schema) const {
     std::string path;
-    return find_pointer(root_, schema, path, 0) ? path : "";
+    return find_pointer(root_, schema, path, stack_) ? path : "";
 }
 
 Error SchemaDocument::refuse(const Json& schema, std::string_view keyword,
@@ -33932,6 +34507,8 @@ bool SchemaDocument::may_keep(std::string_view uri) {
 
 void SchemaDocument::index(const Json& at, const std::string* base, int depth, bool named) {
     if (depth > 200 || (!at.is_object() && !at.is_array())) return;
+    if (stack_is_low()) budget_.work = 0;
+    if (budget_.spent()) return;
     if (named) {  // keys of it are names, not keywords
         for (const JsonMember& m : at.members()) index(m.value, base, depth + 1);
         return;
@@ -34109,6 +34686,7 @@ bool SchemaDocument::is_valid_object(const Json& schema, const Json& value, int 
 
 bool SchemaDocument::is_valid(const Json& schema, const Json& value, int depth) {
     if (schema.is_bool()) return schema.as_bool();
+    if (stack_is_low()) budget_.work = 0;
     if (depth > 200 || !budget_.take(1)) return false;
     ++depth;
     for (const char* keyword : reference_keywords) {
@@ -34324,6 +34902,10 @@ private:
         if (!failed_) error_ = std::move(error);
         failed_ = true;
         return false;
+    }
+    bool stack_is_low() {
+        return document_.stack_is_low() &&
+               !fail(document_.refuse(root_, "", "nests too deep for this thread's stack"));
     }
     bool exceed() { return fail(document_.refuse(root_, "", budget_error().message)); }
     const Json* made(const Json* of, const std::string& key, Json schema) {
@@ -34662,7 +35244,7 @@ private:
     // ---- Expansion
     void expand(Branch b, Todo todo, std::vector<Branch>& out) {
         for (size_t i = 0; i < todo.size(); ++i) {
-            if (failed_ || !builder_.budget().take(20)) return;
+            if (failed_ || !builder_.budget().take(20) || stack_is_low()) return;
             const Literal literal = todo[i];
             const auto known = [&](Literal l) {
                 return std::find(b.done.begin(), b.done.end(), l) != b.done.end();
@@ -34723,7 +35305,7 @@ private:
             if (const Json* part = s.find(keyword)) find_scope(b, *part, out);
         for (const JsonMember& m : s["dependentSchemas"].members()) find_scope(b, m.value, out);
     }
-    std::vector<Branch> branches_of(const Conjunction& conjunction) {
+    VALAR_NOINLINE std::vector<Branch> branches_of(const Conjunction& conjunction) {
         std::vector<Branch> out;
         expand({}, conjunction, out);
         return out;
@@ -34762,7 +35344,7 @@ private:
         }
         return types == 0;
     }
-    std::vector<const Json*> allowed_values(const Branch& b) {
+    VALAR_NOINLINE std::vector<const Json*> allowed_values(const Branch& b) {
         std::vector<const Json*> out;
         for (const Json* v : *b.values) {
             bool ok = type_of(*v) & b.types;
@@ -34795,6 +35377,7 @@ private:
             fail(document_.refuse(root_, "", "nests too deep"));
             return no_part;
         }
+        if (stack_is_low()) return no_part;
         std::vector<Part> parts;
         for (const Branch& b : branches_of(conjunction)) add_parts(b, parts);
         known.part = builder_.choice(std::move(parts));
@@ -34837,7 +35420,7 @@ private:
         Budget budget;
         return *number_dfa(rules, budget);
     }
-    Part number_part(const Branch& b, uint32_t types) {
+    VALAR_NOINLINE Part number_part(const Branch& b, uint32_t types) {
         NumberRules rules = b.numbers;
         rules.integers = types & t_integer;
         rules.fractions = types & t_fraction;
@@ -34911,7 +35494,7 @@ private:
         return inside ? builder_.sequence({builder_.bytes("\""), inside, builder_.bytes("\"")})
                       : no_part;
     }
-    Part string_part(const Branch& b) {
+    VALAR_NOINLINE Part string_part(const Branch& b) {
         if (b.languages.size() == 1 && b.excluded.empty() && !b.languages[0].format &&
             b.languages[0].positive) {
             auto dfa = language_dfa(b.languages[0]);
@@ -34993,7 +35576,7 @@ private:
     }
     // Items that differ. Strings do as the keys of an object do; few values in a part for every set
     // of those that are there.
-    Part unique_part(const Branch& b, size_t first) {
+    VALAR_NOINLINE Part unique_part(const Branch& b, size_t first) {
         const Conjunction item = item_conjunction(b, first);
         const std::vector<Branch> branches = branches_of(item);
         const bool simple = !first && b.contains.empty();
@@ -35003,7 +35586,7 @@ private:
             return unique_strings(b, branches);
         return without_unique(b, "except for strings and for at most 8 values");
     }
-    Part without_unique(Branch b, std::string_view why) {
+    VALAR_NOINLINE Part without_unique(Branch b, std::string_view why) {
         if (!refuse(*b.unique, "uniqueItems", why)) return no_part;
         b.unique = nullptr;
         return array_part(b);
@@ -35072,7 +35655,7 @@ private:
         }
         return out;
     }
-    Conjunction member_conjunction(const Branch& b, std::string_view name) {
+    VALAR_NOINLINE Conjunction member_conjunction(const Branch& b, std::string_view name) {
         Conjunction out = group_conjunction(
             b, [&](const Json& s) { return s["properties"].find(name); },
             [&](const std::string& pattern) { return document_.matches(pattern, name); });
@@ -35080,8 +35663,9 @@ private:
             if (also == name) add_literal(out, literal);
         return out;
     }
-    Conjunction other_conjunction(const Branch& b, const std::vector<std::string>& patterns,
-                                  uint32_t bits) {
+    VALAR_NOINLINE Conjunction other_conjunction(const Branch& b,
+                                                 const std::vector<std::string>& patterns,
+                                                 uint32_t bits) {
         return group_conjunction(
             b, [](const Json&) { return nullptr; },
             [&](const std::string& pattern) {
@@ -35094,7 +35678,7 @@ private:
             if (document_.is_valid(*l.schema, Json(name)) != l.positive) return false;
         return std::find(b.absent.begin(), b.absent.end(), name) == b.absent.end();
     }
-    std::vector<std::string> names_of(const Branch& b) {
+    VALAR_NOINLINE std::vector<std::string> names_of(const Branch& b) {
         std::vector<std::string> names;
         std::map<std::string, bool, std::less<>> known;
         const auto add_name = [&](const std::string& name) {
@@ -35134,7 +35718,7 @@ private:
     }
     // One of the named members misses what the schema says; where another key may, that cannot be
     // promised.
-    Part broken_part(Branch b) {
+    VALAR_NOINLINE Part broken_part(Branch b) {
         const Json& s = *b.broken.back();
         b.broken.pop_back();
         if (may_miss_elsewhere(b, s))
@@ -35193,7 +35777,7 @@ private:
         return patterns;
     }
     // Keys that are not named: by which of the patterns they match.
-    void add_others(const Branch& b, ObjectRules& rules) {
+    VALAR_NOINLINE void add_others(const Branch& b, ObjectRules& rules) {
         std::vector<std::string> patterns = patterns_of(b);
         if (patterns.size() > kMostPatterns) {
             (void)refuse(*b.objects[0], "patternProperties",
@@ -35393,6 +35977,7 @@ private:
     }
     Part choice(bool nested) {
         if (++depth_ > kMostGbnfDepth) return fail("groups nest deeper than 64");
+        if (stack_.is_low()) return fail("groups nest too deep for this thread's stack");
         std::vector<Part> ways = {sequence(nested)};
         while (!failed_) {
             const size_t before = at_;
@@ -35515,6 +36100,7 @@ private:
     const Spelling spelling_;
     size_t at_ = 0;
     int depth_ = 0;
+    const StackLimit stack_ = {};
     bool failed_ = false;
     Error error_;
     std::map<std::string, Rule, std::less<>> rules_;
@@ -40787,11 +41373,22 @@ Result<Sampling> read_sampling(const Gguf& gguf) {
     return out;
 }
 
+// A name of several words as a word that stands in a URL or a shell: "My Model 8k" is my-model-8k.
+std::string one_word(const std::string& name) {
+    std::string word;
+    for (const char c : name)
+        if (c != ' ' && !(c >= '\t' && c <= '\r')) word += c;
+        else if (!word.empty() && word.back() != '-') word += '-';
+    while (word.ends_with('-')) word.pop_back();
+    return word == name ? name : ascii_lower(word);
+}
+
 std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
     if (!options.model_id.empty()) return utf8_repair(options.model_id);
-    if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
+    if (std::string name = one_word(spec.name); !name.empty() && utf8_valid(name)) return name;
     std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
     if (name.ends_with(".gguf")) name.resize(name.size() - 5);
+    name = one_word(name);
     return name.empty() ? "model" : utf8_repair(name);
 }
 
@@ -42010,6 +42607,8 @@ struct Sequence {
     std::string held;        // text that may begin a stop string
     bool item_open = false;  // the last of outcome.items is under way
     Outcome outcome;
+    Usage counted;  // of outcome.usage, what the statistics have
+    uint32_t drafted = 0, accepted = 0, constrained = 0, masks = 0;  // what they do not have yet
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
     uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before
 
@@ -42601,6 +43200,8 @@ public:
     void add_token(Sequence& sequence, Token token, std::span<const float> logits);
     /// The reply learns the end; the sequence is `over`.
     void end(Sequence& sequence, Status status, std::optional<Error> error = {});
+    /// What came since the last time goes to the statistics, so that they grow while tokens are made.
+    static void count(Sequence& sequence, ResponderStats* counts);
 
 private:
     void begin_item(Item::Kind kind, std::string_view name) override;
@@ -42631,14 +43232,12 @@ namespace detail {
 
 namespace {
 
-void add_outcome(const Sequence& sequence, ResponderStats* counts) {
+void add_outcome(Sequence& sequence, ResponderStats* counts) {
     const Outcome& outcome = sequence.outcome;
+    AnswerWriter::count(sequence, counts);
     ++(outcome.status == Status::completed ? counts->completed
        : outcome.status == Status::failed  ? counts->failed
                                            : counts->cancelled);
-    counts->input_tokens += sequence.started_ns ? outcome.usage.input_tokens : 0;
-    counts->output_tokens += outcome.usage.output_tokens;
-    counts->cached_tokens += outcome.usage.cached_tokens;
     counts->queue_us += outcome.timings.queue_us;
     counts->prefill_us += outcome.timings.prefill_us;
     counts->decode_us += outcome.timings.decode_us;
@@ -42655,6 +43254,22 @@ std::string& text_of(Item& item) {
 }
 
 }  // namespace
+
+void AnswerWriter::count(Sequence& sequence, ResponderStats* counts) {
+    const Usage& now = sequence.outcome.usage;
+    Usage& before = sequence.counted;
+    const auto add = [](uint64_t* sum, uint32_t value, uint32_t* known) {
+        *sum += value - std::exchange(*known, value);
+    };
+    const uint32_t read = std::max(sequence.reached, sequence.computed);
+    add(&counts->input_tokens, std::min(read, now.input_tokens), &before.input_tokens);
+    add(&counts->cached_tokens, now.cached_tokens, &before.cached_tokens);
+    add(&counts->output_tokens, now.output_tokens, &before.output_tokens);
+    counts->drafted_tokens += std::exchange(sequence.drafted, 0);
+    counts->accepted_tokens += std::exchange(sequence.accepted, 0);
+    counts->constrained_tokens += std::exchange(sequence.constrained, 0);
+    counts->masks += std::exchange(sequence.masks, 0);
+}
 
 // All that grows later gets its room here: nothing is allocated for a token.
 void AnswerWriter::begin(Sequence& sequence) {
@@ -43116,6 +43731,7 @@ void Scheduler::count_running() {
     desk_.count([&](ResponderStats& counts) {
         counts.queued = static_cast<uint32_t>(waiting_.size());
         counts.running = static_cast<uint32_t>(running_.size());
+        for (const SequencePtr& sequence : running_) AnswerWriter::count(*sequence, &counts);
         cache_.report(&counts);
     });
 }
@@ -43211,10 +43827,12 @@ void Scheduler::build_batch(uint64_t budget_ns) {
     if (!begun) options_.log(LogLevel::error, begun.error().message);
 }
 
-// Prompt tokens for the next batch: less where it would take longer than the caller's budget or
-// hold up answers.
+// Prompt tokens for the next batch: less where it would take longer than the caller's budget, hold
+// up answers, or let those wait who come meanwhile.
 uint32_t Scheduler::prompt_rows(bool answers, uint64_t budget_ns) const {
-    const uint64_t target = answers ? std::min(budget_ns, kMixedNs) : budget_ns;
+    const uint64_t wait_ns = uint64_t{options_.max_wait_step_ms} * 1'000'000;
+    const uint64_t target = std::min(
+        {budget_ns, answers ? kMixedNs : kNoLimit, wait_ns ? wait_ns : kNoLimit});
     if (target == kNoLimit) return step_tokens_;
     const uint64_t fit = row_ns_ ? target / row_ns_ : 0;
     return static_cast<uint32_t>(
@@ -43356,18 +43974,14 @@ void Scheduler::take_results(Sequence& sequence) {
     if (sequence.logits >= 0) {
         const uint32_t row = static_cast<uint32_t>(sequence.logits);
         uint32_t accepted = 0;
-        for (;; ++accepted) {
+        sequence.drafted += drafted;
+        for (;; ++accepted, ++sequence.accepted) {
             const auto token = draw_token(sequence, row + accepted);
             if (sequence.over || accepted == drafted || token != sequence.drafts.tokens[accepted])
                 break;
         }
         sequence.computed += accepted;
         sequence.drafts.settle(drafted, accepted);
-        if (drafted > 0)
-            desk_.count([&](ResponderStats& counts) {
-                counts.drafted_tokens += drafted;
-                counts.accepted_tokens += accepted;
-            });
     }
     sequence.reached = std::max(sequence.reached, sequence.computed);
     cache_.keep(sequence);
@@ -43412,11 +44026,13 @@ Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
     }
     if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
     MaskMaker& masks = *sequence.prompt->masks;
+    ++sequence.constrained;
     // The best of all tokens is the best of the allowed ones if it is one of them.
     if (sequence.sampler.takes_best()) {
         const Token best = sequence.sampler.sample(*logits, sequence.length());
         if (masks.accept(sequence.grammar, best)) return best;
     }
+    ++sequence.masks;
     const auto allowed = masks.fill(sequence.grammar);
     if (std::all_of(allowed.begin(), allowed.end(), [](uint64_t word) { return word == 0; }))
         return make_error(ErrorKind::internal, "no token of this vocabulary goes on as it must");
@@ -43472,6 +44088,7 @@ struct Engine::State final : Responder {
     detail::Scheduler scheduler;
 
     std::atomic<bool> loaded{false}, stepping{false};
+    std::atomic<bool> awaited{true};  // it is being loaded for the first time
     std::atomic<float> progress{0};
     bool reloads = false;          // it was loaded before
     std::optional<Error> failure;  // nothing works any more
@@ -43485,7 +44102,7 @@ struct Engine::State final : Responder {
           std::shared_ptr<detail::Doorbell> outer);
     ~State() override;
 
-    std::vector<ModelInfo> models() const override { return {model->info()}; }
+    std::vector<ModelInfo> models() const override;
     Result<std::unique_ptr<Prepared>> prepare(const Request& request) override;
     Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) override;
     std::optional<Event> poll(const std::string& id) override { return desk.poll(id); }
@@ -43567,6 +44184,13 @@ void Engine::State::stop() {
     thread.join();
 }
 
+std::vector<ModelInfo> Engine::State::models() const {
+    ModelInfo info = model->info();
+    info.ready = loaded || !awaited;
+    if (!info.ready) info.progress = progress.load(std::memory_order_relaxed);
+    return {std::move(info)};
+}
+
 Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request) {
     auto prompt = prompts.prepare(request);
     if (!prompt) return prompt.error();
@@ -43600,6 +44224,25 @@ Reply Engine::State::reply_to(Result<detail::PromptPtr> prompt) {
     }
     return Reply(std::move(reply));
 }
+
+namespace {
+
+std::string shown_threads(const BackendOptions& sizes) {
+    if (sizes.parallel_for.run) return "the host's threads";
+    const int helpers = sizes.threads < 0 ? physical_cores() - 1 : sizes.threads;
+    return helpers == 0 ? "1 thread" : std::to_string(helpers + 1) + " threads";
+}
+
+std::string shown_memory(const detail::ModelFile& file, const BackendOptions& sizes) {
+    const auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors, sizes);
+    if (!plan) return {};
+    const auto mib = [](uint64_t bytes) { return std::to_string(bytes >> 20); };
+    return detail::join({", ", mib(plan->total()), " MiB (weights ", mib(plan->weights),
+                         ", keys and values ", mib(plan->kv), ", scratch ", mib(plan->scratch),
+                         "; mapped ", mib(plan->mapped), ")"});
+}
+
+}  // namespace
 
 // ---- The step (one thread at a time) ---------------------------------------------------------
 
@@ -43650,8 +44293,10 @@ Result<bool> Engine::State::load(uint64_t deadline_ns) {
     progress.store(part, std::memory_order_relaxed);
     if (*done) {
         options.log(LogLevel::info,
-                    detail::join({"loaded ", model->file().gguf.name(), ", kernels ", kernels}));
+                    detail::join({"loaded ", model->file().gguf.name(), ", ", shown_threads(sizes),
+                                  shown_memory(model->file(), sizes), ", kernels ", kernels}));
         loaded.store(true, std::memory_order_release);
+        awaited = false;
     }
     return done;
 }
@@ -44264,6 +44909,7 @@ Result<void> EnginePool::State::add(const EngineOptions& model) {
     uint64_t wanted = member.bytes;
     for (const Member& other : members) wanted += other.wanted ? other.bytes : 0;
     member.wanted = options.preload && wanted <= options.memory_limit;
+    member.engine->awaited = member.wanted;
     members.push_back(std::move(member));
     return {};
 }
@@ -44309,7 +44955,7 @@ bool EnginePool::State::step(Member& member, uint64_t now) {
         member.loaded_ns = now;
     }
     const auto done = member.engine->work(now + detail::kPoolSliceNs, detail::kNoLimit);
-    if (!done || member.engine->loaded) member.wanted = false;
+    if (!done || member.engine->loaded) member.wanted = member.engine->awaited = false;
     if (!member.resident()) count_memory();  // it could not be loaded
     return true;
 }
@@ -44339,7 +44985,7 @@ EnginePool::State::Member* EnginePool::State::next_to_go(const Member& member, u
 
 void EnginePool::State::unload(Member& member) {
     member.engine->unload();
-    member.wanted = false;
+    member.wanted = member.engine->awaited = false;
     count_memory();
 }
 
@@ -44519,32 +45165,61 @@ public:
     /// before the fault.
     virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                                std::string_view message) = 0;
+    /// The reply, status 503, to a connection that there is no room for, before it asked anything:
+    /// as many as max_connections are at work, or the process has no descriptor left.
+    virtual HttpReply on_full(bool /*no_descriptor*/) {
+        return on_error({}, 503, "overloaded", "too many connections");
+    }
     /// A begun reply whose client had been too slow, or of which 256 KiB were unsent at some time, is
     /// sent as far as it was appended.
     virtual void on_sent(uint64_t /*exchange*/) {}
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}
-    /// drain_timeout_ms is over: what is appended now is the last that goes out.
+    /// drain_timeout_ms is over, or nobody is left: replies of now are the last that go out.
     virtual void on_drained() {}
+};
+
+using HttpResolve = Result<std::vector<NetAddress>> (*)(const std::string& name, uint16_t port);
+
+struct NetPolicy;
+
+/// A call to another server. `call.host` may also be a name.
+struct HttpErrand {
+    HttpCall call = {};
+    const NetPolicy* policy =
+        nullptr;  ///< which addresses may be called; null: any. Must outlive it
+    /// A reply whose head came counts, whatever becomes of its body: it is without that if it is too
+    /// long or never ends.
+    bool head_is_enough = false;
+};
+
+/// Who wants to know how a call ended.
+class HttpCaller {
+public:
+    virtual ~HttpCaller() = default;
+    /// Errors: invalid_request (the call itself), permission (no address may be called), io, timeout,
+    /// bad_data (not HTTP), too_large. It may start another.
+    virtual void on_reply(uint64_t call, Result<HttpReply> reply) = 0;
 };
 
 /// Options of HttpServer. Each limit says what happens beyond it.
 struct HttpOptions {
-    std::string host = "127.0.0.1";
-    uint16_t port = 0;  ///< 0: any free one
+    std::string host = "127.0.0.1";  ///< or "unix:/path"
+    uint16_t port = 0;               ///< 0: any free one
     HttpLimits limits = {};
     uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< bodies not yet answered; 503
-    uint32_t idle_timeout_ms = 60'000;                       ///< between requests; closed silently
+    uint32_t idle_timeout_ms = 75'000;                       ///< between requests; closed silently
     uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
     uint32_t body_timeout_ms = 10'000;    ///< one window of the body's pace; 408
     uint32_t body_min_bytes = 4 << 10;    ///< that must arrive in each window: 400 B/s by default
     uint32_t write_timeout_ms = 30'000;   ///< without progress while bytes of a reply wait, or from
                                           ///< 256 KiB of a begun one on until all is sent; closed
     uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
-    uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); closed
+    uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); on_drained
     uint32_t tick_ms = 0;                 ///< pace of on_tick; 0: never
     int backlog = 1024;                   ///< of listen(); the system may cap it
+    HttpResolve resolve = net_resolve;    ///< of the names of other servers
 };
 
 /// An event loop: one thread calls step(), and no call inside blocks.
@@ -44562,8 +45237,10 @@ public:
     /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens).
     /// False once stopped and drained.
     bool step(int timeout_ms);
-    /// Stops accepting, ends idle connections, lets exchanges in work finish (drain_timeout_ms).
-    void stop();
+    /// Stops accepting once all are taken that the system has connected, lets exchanges in work
+    /// finish (drain_timeout_ms; at_once: no more) and ends each connection with its next reply, or
+    /// half a second later.
+    void stop(bool at_once = false);
     /// Answers an exchange; without effect if its client is gone.
     void reply(uint64_t exchange, HttpReply reply);
     /// A reply in pieces: its head and the body so far, then what append brings, then end. Pieces
@@ -44576,12 +45253,16 @@ public:
     /// Bytes of a begun reply that its client did not take yet. Who appends on regardless has them
     /// in memory, until write_timeout_ms without progress.
     size_t unsent(uint64_t exchange) const;
+    /// Calls another server from the loop; dropped if the server is destroyed first.
+    /// Threads: only inside step(), as begin().
+    uint64_t call(HttpErrand errand, HttpCaller* caller);
     /// Has the loop call function(context) inside step(); dropped if the server is destroyed first.
     void post(void (*function)(void*), void* context);
 
     struct Stats {
         uint64_t accepted = 0, requests = 0, faults = 0, timeouts = 0;  ///< since open
-        uint64_t connections = 0, body_bytes = 0;                       ///< now
+        uint64_t no_room = 0, no_descriptor = 0;  ///< since open: connections turned away, by cause
+        uint64_t connections = 0, body_bytes = 0;  ///< now
     };
     Stats stats() const;  ///< only from the thread that calls step()
 
@@ -44779,6 +45460,233 @@ void http_append_fields(std::string* out, const HttpHeaders& headers) {
 }
 
 uint64_t http_now_ms() { return monotonic_ns() / 1'000'000; }
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/http/url.hpp --------------------------------------------------------------------------
+
+// Where the server itself may call: one parser of URLs and one judge of addresses, for the check
+// and for the dial.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// An http or https URL, in the one spelling that is dialled.
+struct HttpUrl {
+    bool tls = false;
+    std::string host = {};  ///< in lower case: a name, "192.0.2.1" or "[2001:db8::1]"
+    uint16_t port = 80;
+    std::string target = "/";                ///< path and query; the fragment is dropped
+    std::optional<NetAddress> address = {};  ///< of a host that is no name
+    std::string authority() const;           ///< for the header Host
+};
+
+/// Narrower than RFC 3986, so that no two readers can differ: visible ASCII without backslash, no
+/// userinfo, IPv4 as four decimal numbers and in no other spelling, names of letters, digits, - and _.
+/// Errors: invalid_request, which says what is wrong and shows nothing of the URL.
+Result<HttpUrl> http_parse_url(std::string_view text);
+
+/// Which addresses may be called.
+struct NetPolicy {
+    enum class Reach : uint8_t { any, loopback, global };
+    Reach reach = Reach::any;
+    NetAddress own =
+        {};  ///< where this server listens, which is not called either; port 0: nowhere
+    bool allows(const NetAddress& address) const;
+};
+
+/// Whether IANA's registries have it as an address of the Internet, for one host. One that embeds an
+/// IPv4 address (mapped, NAT64, 6to4, Teredo) is judged by that.
+bool net_is_global(const NetAddress& address);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/http/url.cpp --------------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- URLs (RFC 3986, and what the URL standard of the WHATWG reads differently) ---------------
+
+namespace {
+
+constexpr size_t http_longest_url = 8192;
+constexpr size_t http_longest_name = 253, http_longest_label = 63;  // RFC 1035
+
+Error http_bad_url(const char* what) {
+    return make_error(ErrorKind::invalid_request, std::string("the URL ") + what);
+}
+
+bool is_decimal(std::string_view text) {
+    return !text.empty() &&
+           std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
+}
+
+/// Whether some reader would take it as a number, and so the whole host as IPv4.
+bool is_numeric_label(std::string_view label) {
+    return is_decimal(label) || label.starts_with("0x");
+}
+
+Result<void> read_name(std::string_view name) {
+    if (name.size() > http_longest_name) return http_bad_url("has a host that is too long");
+    std::string_view label;
+    for (std::string_view rest = name;;) {
+        label = rest.substr(0, rest.find('.'));
+        if (label.empty() || label.size() > http_longest_label || !http_all(label, http_name))
+            return http_bad_url("has a host that is neither a name nor an address");
+        if (label.size() == rest.size()) break;
+        rest.remove_prefix(label.size() + 1);
+    }
+    if (is_numeric_label(label))
+        return http_bad_url("has an IPv4 address that is not four decimal numbers");
+    return {};
+}
+
+/// Only the one spelling of IPv4 that every reader takes for the same address.
+Result<void> read_host(std::string_view host, HttpUrl* url) {
+    url->host = ascii_lower(host);
+    auto address = url->host == "localhost" ? Result<NetAddress>(http_bad_url("names a host"))
+                                            : NetAddress::parse(url->host, url->port);
+    if (!address) return read_name(url->host);
+    const bool v6 = url->host[0] == '[';
+    if (v6 ? address->v4 : !address->v4 || address->host() != url->host)
+        return http_bad_url("has an address in an unusual spelling");
+    if (v6) url->host = "[" + address->host() + "]";
+    url->address = *address;
+    return {};
+}
+
+}  // namespace
+
+std::string HttpUrl::authority() const {
+    return port == (tls ? 443 : 80) ? host : host + ":" + std::to_string(port);
+}
+
+Result<HttpUrl> http_parse_url(std::string_view text) {
+    if (text.size() > http_longest_url) return http_bad_url("is too long");
+    if (!http_all(text, http_visible) || text.find('\\') != text.npos)
+        return http_bad_url("holds characters that must be escaped");
+    HttpUrl url;
+    const size_t colon = text.find("://");
+    const std::string_view scheme = text.substr(0, colon);
+    url.tls = http_same(scheme, "https");
+    if (colon == text.npos || !(url.tls || http_same(scheme, "http")))
+        return http_bad_url("does not begin with http:// or https://");
+    text.remove_prefix(colon + 3);
+    const size_t end = std::min(text.find_first_of("/?#"), text.size());
+    const std::string_view authority = text.substr(0, end);
+    if (authority.find('@') != authority.npos) return http_bad_url("holds a user name or password");
+    const size_t bracket = authority.rfind(']');
+    const size_t port_at = authority.find(':', bracket == authority.npos ? 0 : bracket);
+    url.port = url.tls ? 443 : 80;
+    if (port_at != authority.npos) {
+        const std::string_view digits = authority.substr(port_at + 1);
+        uint64_t port = 0;
+        if (digits.size() > 5 || !http_decimal(digits, &port) || port == 0 || port > 65535)
+            return http_bad_url("has a port that is not 1 to 65535");
+        url.port = static_cast<uint16_t>(port);
+    }
+    if (auto read = read_host(authority.substr(0, port_at), &url); !read) return read.error();
+    const std::string_view path = text.substr(end, text.find('#') - end);
+    url.target = path.starts_with('/') ? std::string(path) : "/" + std::string(path);
+    return url;
+}
+
+// ---- Addresses -------------------------------------------------------------------------------
+
+namespace {
+
+/// What IANA's registries say of the addresses that begin with these bits.
+struct NetBlock {
+    enum Kind : uint8_t { refused, global, embeds };
+    const char* prefix;
+    int bits;  // of IPv6; an IPv4 prefix has 96 more
+    Kind kind;
+    uint8_t at = 0;       // of an embedded IPv4 address
+    uint8_t flipped = 0;  // its bytes are XORed with that
+};
+
+// The special-purpose address registries (RFC 6890 and what was added since), and, of the address
+// spaces, what is multicast or not given out for unicast. The first that fits decides. Anycast
+// addresses of protocols (AS112, AMT, PCP) name no host that could have asked to be called.
+constexpr NetBlock net_blocks[] = {
+    // clang-format off
+    {"0.0.0.0",          96 + 8,  NetBlock::refused},       // this network
+    {"10.0.0.0",         96 + 8,  NetBlock::refused},       // private
+    {"100.64.0.0",       96 + 10, NetBlock::refused},       // shared by customers of a provider
+    {"127.0.0.0",        96 + 8,  NetBlock::refused},       // loopback
+    {"169.254.0.0",      96 + 16, NetBlock::refused},       // link-local: metadata of clouds
+    {"172.16.0.0",       96 + 12, NetBlock::refused},       // private
+    {"192.0.0.0",        96 + 24, NetBlock::refused},       // protocol assignments
+    {"192.0.2.0",        96 + 24, NetBlock::refused},       // documentation
+    {"192.31.196.0",     96 + 24, NetBlock::refused},       // AS112
+    {"192.52.193.0",     96 + 24, NetBlock::refused},       // AMT
+    {"192.88.99.0",      96 + 24, NetBlock::refused},       // 6to4 relays
+    {"192.168.0.0",      96 + 16, NetBlock::refused},       // private
+    {"192.175.48.0",     96 + 24, NetBlock::refused},       // AS112
+    {"198.18.0.0",       96 + 15, NetBlock::refused},       // benchmarks
+    {"198.51.100.0",     96 + 24, NetBlock::refused},       // documentation
+    {"203.0.113.0",      96 + 24, NetBlock::refused},       // documentation
+    {"224.0.0.0",        96 + 4,  NetBlock::refused},       // multicast
+    {"240.0.0.0",        96 + 4,  NetBlock::refused},       // reserved, broadcast
+    {"::ffff:0:0",       96,      NetBlock::global},        // the rest of IPv4, mapped or not
+    {"64:ff9b::",        96,      NetBlock::embeds, 12},    // NAT64
+    {"2001::",           32,      NetBlock::embeds, 12, 0xFF},  // Teredo
+    {"2001::",           23,      NetBlock::refused},       // protocol assignments
+    {"2001:db8::",       32,      NetBlock::refused},       // documentation
+    {"2002::",           16,      NetBlock::embeds, 2},     // 6to4
+    {"2620:4f:8000::",   48,      NetBlock::refused},       // AS112
+    {"3fff::",           20,      NetBlock::refused},       // documentation
+    {"2000::",           3,       NetBlock::global},        // all that is given out for unicast
+    {"::",               0,       NetBlock::refused},
+    // clang-format on
+};
+
+bool begins_with(const NetAddress& address, const NetAddress& prefix, int bits) {
+    const size_t whole = static_cast<size_t>(bits) / 8;
+    if (std::memcmp(address.ip, prefix.ip, whole) != 0) return false;
+    const int rest = bits % 8;
+    return rest == 0 || (address.ip[whole] ^ prefix.ip[whole]) >> (8 - rest) == 0;
+}
+
+const NetBlock& block_of(const NetAddress& address) {
+    for (const NetBlock& block : net_blocks) {
+        const auto prefix = NetAddress::parse(block.prefix, 0);
+        if (prefix && begins_with(address, *prefix, block.bits)) return block;
+    }
+    return *(std::end(net_blocks) - 1);
+}
+
+/// The IPv4 address in it.
+NetAddress embedded_in(const NetAddress& address, const NetBlock& block) {
+    auto found = NetAddress::parse("0.0.0.0", address.port);
+    for (size_t i = 0; i < 4; ++i)
+        found->ip[12 + i] = static_cast<uint8_t>(address.ip[block.at + i] ^ block.flipped);
+    return *found;
+}
+
+}  // namespace
+
+bool net_is_global(const NetAddress& address) {
+    if (address.local) return false;
+    const NetBlock& block = block_of(address);
+    if (block.kind != NetBlock::embeds) return block.kind == NetBlock::global;
+    return net_is_global(embedded_in(address, block));  // which is IPv4, and embeds none
+}
+
+bool NetPolicy::allows(const NetAddress& address) const {
+    if (reach == Reach::any) return true;
+    const bool there = reach == Reach::loopback ? address.is_loopback() : net_is_global(address);
+    return there && !net_reaches(address, own);
+}
 
 }  // namespace detail
 }  // namespace v1
@@ -45102,14 +46010,18 @@ HttpParser::Event HttpParser::take_body(std::string_view bytes, size_t* used) {
     return state_ == State::complete ? Event::complete : Event::more;
 }
 
-/// Doubles the body's room, never past its limit. std::string would end the process where memory
-/// ends, so a large step is tried first in a way that may fail.
+/// Doubles the body's room, never past its limit; a long one gets all that it asks for at once: what
+/// is not written takes no memory, while steps that are given back may stay with the allocator.
+/// std::string would end the process where memory ends, so a large step is tried first in a way that
+/// may fail.
 bool HttpParser::grow_body(size_t bytes) {
-    constexpr size_t large = 256 << 10;
+    constexpr size_t large = 256 << 10, long_body = 2 << 20;
     const size_t need = message.body.size() + bytes, room = message.body.capacity();
     if (need <= room) return true;
+    const uint64_t all = message.body.size() + (state_ == State::body ? body_left_ : 0);
+    const uint64_t next = room < long_body ? 2 * uint64_t{room} : std::max(all, 2 * uint64_t{room});
     const size_t want = static_cast<size_t>(
-        std::min<uint64_t>(std::max<uint64_t>(need, uint64_t{room} * 2), message.max_body));
+        std::min<uint64_t>(std::max<uint64_t>(need, next), message.max_body));
     if (want >= large) {
         std::unique_ptr<char[]> probe(new (std::nothrow) char[want + 1]);
         if (!probe) return false;
@@ -45122,6 +46034,55 @@ bool HttpParser::grow_body(size_t bytes) {
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_SERVER
+
+// ---- src/http/client.hpp -----------------------------------------------------------------------
+
+// Calls to other servers, from an event loop.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr uint64_t http_client_tag = uint64_t{1} << 63;  // of its sockets in the poller
+inline constexpr uint64_t http_no_deadline = UINT64_MAX;
+inline constexpr uint32_t http_connect_ms = 10'000;  // for one address; then the next is tried
+
+/// Calls that are in progress, on the poller and in the thread of who has it. A name is resolved on
+/// a thread of its own, each of its addresses is judged, and one that was is dialled; of several the
+/// next where one does not answer. No redirect is followed, no proxy is asked. The connection is
+/// plain: TLS would come between Exchange and its Socket, in read(), write() and connected().
+/// Threads: one at a time. The caller of each call must outlive it, or the client.
+class HttpClient {
+public:
+    explicit HttpClient(Poller* poller, HttpResolve resolve = net_resolve);
+    ~HttpClient();  ///< what is in progress is dropped; waits for a name that is being resolved
+    HttpClient(const HttpClient&) = delete;
+
+    /// Begins a call; on_reply tells how it went, in a later step() or on_event().
+    uint64_t start(HttpErrand errand, HttpCaller* caller);
+    void on_event(const PollEvent& event);  ///< whose tag holds http_client_tag
+    void step(uint64_t now_ms);             ///< once a turn, after all events
+    uint64_t deadline() const;              ///< when step() has to be called again at the latest
+
+private:
+    struct Exchange;
+    struct Resolver;
+    void take_addresses();
+    void dial(Exchange& exchange);
+    void watch(Exchange& exchange);
+    void finish(Exchange& exchange, Result<HttpReply> reply);
+
+    Poller* poller_;
+    HttpResolve resolve_;
+    std::unique_ptr<Resolver> resolver_;  // from the first name on
+    std::vector<std::unique_ptr<Exchange>> exchanges_;
+    uint64_t serial_ = 0;
+    uint64_t now_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
 // ---- src/http/server.cpp -----------------------------------------------------------------------
 
@@ -45141,6 +46102,12 @@ constexpr size_t http_pipelined_bytes = 16 << 10;  // read ahead of a reply; the
 constexpr int http_accepts_a_turn = 64;
 constexpr uint32_t http_accept_pause_ms = 100;  // after running out of descriptors
 constexpr uint64_t http_timer_grain_ms = 10;    // the deadlines are looked through no more often
+constexpr uint64_t http_goodbye_ms = 500;  // after stop: for requests that are on their way to us
+constexpr uint64_t http_last_ms = 1'000;   // after drain_timeout_ms: for the last replies to leave
+constexpr size_t http_spares = 8;          // kept to turn clients away when no other is free
+constexpr size_t http_most_turned_away = 64;   // at once, and listened to until they are gone
+constexpr uint32_t http_turned_away_ms = 500;  // at most
+constexpr uint32_t http_fresh_ms = 1000;  // for a new connection to ask before it counts as idle
 constexpr uint64_t http_never = UINT64_MAX;
 constexpr uint64_t http_listener_tag = 0;
 constexpr int http_slot_bits = 24;  // of an id; the rest is a serial number from 1
@@ -45196,6 +46163,8 @@ struct HttpConnection {
     bool head_only = false;
     bool http_1_0 = false;
     bool peer_closed = false;
+    bool fresh = true;         // asked nothing yet
+    bool turned_away = false;  // answered before it asked: there was no room
     uint64_t id = 0;
     uint64_t exchange = 0;    // accepted by on_head, neither answered nor closed
     uint64_t body_bytes = 0;  // counted against max_inflight_body_bytes
@@ -45219,14 +46188,21 @@ struct HttpMessage {  // to the loop: a reply, or a call when function is set
 
 struct HttpServer::State {
     State(const HttpOptions& given, HttpHandler* user, Poller made, Socket bound)
-        : options(given), handler(user), poller(std::move(made)), listener(std::move(bound)) {}
+        : options(given),
+          handler(user),
+          poller(std::move(made)),
+          listener(std::move(bound)),
+          client(&poller, given.resolve) {}
 
     HttpOptions options;
     HttpHandler* handler;
     Poller poller;
     Socket listener;
+    HttpClient client;
     NetAddress address;
     Stats stats;
+    std::vector<Socket> spares;
+    size_t turned_away = 0;  // of stats.connections
 
     std::vector<HttpSlot> slots;
     std::vector<uint32_t> free_slots;
@@ -45240,28 +46216,36 @@ struct HttpServer::State {
     uint64_t next_tick = http_never;
     uint64_t accept_again = http_never;
     uint64_t drain_until = http_never;  // set once stopping
+    std::string socket_path;            // of a Unix socket
+    uint64_t socket_file = 0;
+    bool drained = false;  // the handler was told; the last replies leave
     bool finished = false;
     std::string date;
     int64_t date_second = -1;
 
-    std::mutex mutex;  // guards the two below
+    std::mutex mutex;  // guards the three below
     std::vector<HttpMessage> inbox;
-    bool stop_asked = false;
+    bool stop_asked = false, stop_at_once = false;
     std::atomic<bool> sleeping = false;  // a sender has to wake the loop; set under mutex
 
+    ~State() { remove_socket_file(socket_path, socket_file); }
     bool step(int timeout_ms);
     int wait_ms(int timeout_ms);
     void send_message(HttpMessage message);
-    void ask_stop();
+    void ask_stop(bool at_once);
     void take_messages();
     void run_queue();
     void run_timers();
     void on_deadline(HttpConnection& connection);
+    void begin_drain();
     void drain();
+    bool is_sending() const;
 
     void accept_some();
-    void add(Socket socket, const NetAddress& peer);
-    void turn_away(Socket socket);
+    void admit(Socket socket, const NetAddress& peer, bool no_descriptor);
+    HttpConnection& add(Socket socket, const NetAddress& peer);
+    void turn_away(Socket socket, const NetAddress& peer, bool no_descriptor);
+    void fill_spares();
     bool evict_idle();
     void drop(HttpConnection& connection);
     HttpConnection* find(uint64_t id);
@@ -45294,14 +46278,17 @@ struct HttpServer::State {
 };
 
 Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* handler) {
-    auto address = NetAddress::parse(options.host, options.port);
+    const auto path = unix_path(options.host);
+    auto address = path ? Result<NetAddress>(NetAddress())
+                        : NetAddress::parse(options.host, options.port);
     if (!address) return address.error();
     if (options.max_connections == 0 || options.max_connections >= 1u << http_slot_bits)
         return make_error(ErrorKind::invalid_request,
                           format("max_connections: %u is not in 1..%u", options.max_connections,
                                  (1u << http_slot_bits) - 1),
                           {}, "max_connections");
-    auto listener = Socket::listen(*address, options.backlog);
+    auto listener = path ? Socket::listen_unix(*path, options.backlog)
+                         : Socket::listen(*address, options.backlog);
     if (!listener) return listener.error();
     auto poller = Poller::open();
     if (!poller) return poller.error();
@@ -45310,9 +46297,11 @@ Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* han
     auto state = std::make_unique<State>(options, handler, std::move(*poller),
                                          std::move(*listener));
     state->address = *bound;
+    if (path) state->socket_path = *path, state->socket_file = socket_file(*path);
     if (options.tick_ms > 0) state->next_tick = state->now + options.tick_ms;
     auto watched = state->poller.set(state->listener, http_listener_tag, poll_read);
     if (!watched) return watched.error();
+    state->fill_spares();
     return HttpServer(std::move(state));
 }
 
@@ -45324,7 +46313,7 @@ HttpServer::~HttpServer() = default;
 NetAddress HttpServer::address() const { return state_->address; }
 HttpServer::Stats HttpServer::stats() const { return state_->stats; }
 bool HttpServer::step(int timeout_ms) { return state_->step(timeout_ms); }
-void HttpServer::stop() { state_->ask_stop(); }
+void HttpServer::stop(bool at_once) { state_->ask_stop(at_once); }
 void HttpServer::reply(uint64_t exchange, HttpReply reply) {
     state_->send_message({exchange, std::move(reply), nullptr, nullptr});
 }
@@ -45346,6 +46335,9 @@ size_t HttpServer::unsent(uint64_t exchange) const {
     const HttpActive& active = *connection->active;
     return active.head.size() + active.body.size() - active.sent;
 }
+uint64_t HttpServer::call(HttpErrand errand, HttpCaller* caller) {
+    return state_->client.start(std::move(errand), caller);
+}
 void HttpServer::post(void (*function)(void*), void* context) {
     state_->send_message({0, {}, function, context});
 }
@@ -45358,7 +46350,9 @@ bool HttpServer::State::step(int timeout_ms) {
     if (!poller.wait(wait_ms(timeout_ms), &events)) events.clear();
     sleeping = false;  // what the handler sends from here on is taken below
     now = http_now_ms();
-    for (const PollEvent& event : events) on_event(event);
+    for (const PollEvent& event : events)
+        event.tag& http_client_tag ? client.on_event(event) : on_event(event);
+    client.step(now);
     run_queue();
     take_messages();
     run_timers();
@@ -45371,8 +46365,8 @@ int HttpServer::State::wait_ms(int timeout_ms) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!queue.empty() || !unsent.empty() || !inbox.empty() || stop_asked) return 0;
     sleeping = true;
-    const uint64_t next = std::min(std::min(next_timer, next_tick),
-                                   std::min(accept_again, drain_until));
+    const uint64_t next = std::min(
+        {next_timer, next_tick, accept_again, drain_until, client.deadline()});
     if (next == http_never) return timeout_ms;
     const int until = static_cast<int>(std::min<uint64_t>(next > now ? next - now : 0, 60'000));
     return timeout_ms < 0 ? until : std::min(until, timeout_ms);
@@ -45384,19 +46378,21 @@ void HttpServer::State::send_message(HttpMessage message) {
     if (sleeping.exchange(false)) poller.wake();
 }
 
-void HttpServer::State::ask_stop() {
+void HttpServer::State::ask_stop(bool at_once) {
     const std::lock_guard<std::mutex> lock(mutex);
     stop_asked = true;
+    stop_at_once |= at_once;
     if (sleeping.exchange(false)) poller.wake();
 }
 
 void HttpServer::State::take_messages() {
     std::vector<HttpMessage> taken;
-    bool stop = false;
+    bool stop = false, at_once = false;
     {
         const std::lock_guard<std::mutex> lock(mutex);
         taken.swap(inbox);
         stop = std::exchange(stop_asked, false);
+        at_once = stop_at_once;
     }
     for (HttpMessage& message : taken) {
         if (message.function) {
@@ -45407,13 +46403,20 @@ void HttpServer::State::take_messages() {
         if (connection && connection->phase == HttpPhase::work)
             send(*connection, std::move(message.reply));
     }
-    if (!stop || drain_until != http_never) return;
+    if (stop && drain_until == http_never) begin_drain();
+    if (stop && at_once) drain_until = std::min(drain_until, now);
+}
+
+/// Nobody who was connected is lost: whose request comes now is answered, if only with a refusal.
+void HttpServer::State::begin_drain() {
     drain_until = now + options.drain_timeout_ms;
+    for (int left = options.backlog; left > 0; left -= http_accepts_a_turn) accept_some();
+    remove_socket_file(socket_path, std::exchange(socket_file, 0));
     poller.remove(listener);
     listener.close();
     accept_again = http_never;
     for (HttpSlot& entry : slots)
-        if (entry.connection && entry.idle) drop(*entry.connection);
+        if (entry.connection && entry.idle) enter(*entry.connection, HttpPhase::idle);
 }
 
 /// One more request of each connection that had sent several at once: fair to the others.
@@ -45459,28 +46462,50 @@ void HttpServer::State::on_deadline(HttpConnection& connection) {
 }
 
 void HttpServer::State::drain() {
-    if (drain_until == http_never || (stats.connections > 0 && now < drain_until)) return;
-    handler->on_drained();
-    flush_unsent();
+    if (drain_until == http_never) return;
+    if (!drained && stats.connections > 0 && now < drain_until) return;
+    if (!std::exchange(drained, true)) {
+        drain_until = now + http_last_ms;
+        for (HttpSlot& entry : slots)  // what is still coming
+            if (entry.connection && (entry.connection->phase == HttpPhase::head ||
+                                     entry.connection->phase == HttpPhase::body))
+                refuse(*entry.connection, 503, "overloaded", "the server is shutting down");
+        handler->on_drained();
+        take_messages();
+        flush_unsent();
+    }
+    if (now < drain_until && is_sending()) return;
     for (HttpSlot& entry : slots)
         if (entry.connection) drop(*entry.connection);
     finished = true;
 }
 
+bool HttpServer::State::is_sending() const {
+    for (const HttpSlot& entry : slots)
+        if (entry.connection && entry.connection->phase == HttpPhase::reply) return true;
+    return false;
+}
+
 // Connections.
 
+/// Where no descriptor is free, one that was kept for this tells whether anybody waits at all: Linux
+/// says so only with a descriptor in hand.
 void HttpServer::State::accept_some() {
+    fill_spares();
     for (int i = 0; i < http_accepts_a_turn && listener.is_open(); ++i) {
         Socket socket;
         NetAddress peer;
-        const IoStatus status = listener.accept(&socket, &peer);
+        IoStatus status = listener.accept(&socket, &peer);
+        bool no_descriptor = status == IoStatus::full;
+        if (no_descriptor && (!spares.empty() || evict_idle())) {
+            if (spares.empty()) no_descriptor = false;
+            else spares.pop_back();
+            status = listener.accept(&socket, &peer);
+        }
+        if (status == IoStatus::done) admit(std::move(socket), peer, no_descriptor);
+        fill_spares();
         if (status == IoStatus::again) return;
-        if (status == IoStatus::done) {
-            ++stats.accepted;
-            if (stats.connections < options.max_connections || evict_idle())
-                add(std::move(socket), peer);
-            else turn_away(std::move(socket));
-        } else if (status == IoStatus::full && !evict_idle()) {
+        if (status == IoStatus::full || turned_away >= http_most_turned_away) {
             // The listener stays readable: to leave it watched would be a busy loop.
             (void)poller.set(listener, http_listener_tag, 0).ok();
             accept_again = now + http_accept_pause_ms;
@@ -45489,7 +46514,22 @@ void HttpServer::State::accept_some() {
     }
 }
 
-void HttpServer::State::add(Socket socket, const NetAddress& peer) {
+void HttpServer::State::admit(Socket socket, const NetAddress& peer, bool no_descriptor) {
+    ++stats.accepted;
+    const bool room = !no_descriptor && stats.connections - turned_away < options.max_connections;
+    if (room || evict_idle()) add(std::move(socket), peer);
+    else turn_away(std::move(socket), peer, no_descriptor);
+}
+
+void HttpServer::State::fill_spares() {
+    while (spares.size() < http_spares) {
+        auto spare = Socket::spare();
+        if (!spare) return;
+        spares.push_back(std::move(*spare));
+    }
+}
+
+HttpConnection& HttpServer::State::add(Socket socket, const NetAddress& peer) {
     if (free_slots.empty()) {
         free_slots.push_back(static_cast<uint32_t>(slots.size()));
         slots.emplace_back();
@@ -45503,22 +46543,32 @@ void HttpServer::State::add(Socket socket, const NetAddress& peer) {
     slots[place].connection = std::move(connection);
     ++stats.connections;
     enter(*slots[place].connection, HttpPhase::idle);
+    return *slots[place].connection;
 }
 
-/// Too many connections, none of them idle: one try to say so.
-void HttpServer::State::turn_away(Socket socket) {
-    ++stats.faults;
-    const HttpReply reply = handler->on_error({}, 503, "overloaded", "too many connections");
-    (void)socket.read(scratch.data(), scratch.size());  // unread bytes would turn close into reset
-    (void)socket.write(render({}, reply, true), reply.body);
+/// Too many connections, none of them idle. Its request is read and dropped, so that no reset
+/// overtakes the reply.
+void HttpServer::State::turn_away(Socket socket, const NetAddress& peer, bool no_descriptor) {
+    ++(no_descriptor ? stats.no_descriptor : stats.no_room);
+    const HttpReply reply = handler->on_full(no_descriptor);
+    (void)socket.write(render({}, reply, true), reply.body);  // a new socket takes all of it
     socket.shutdown_write();
+    HttpConnection& connection = add(std::move(socket), peer);
+    connection.turned_away = true;
+    ++turned_away;
+    enter(connection, HttpPhase::linger);
+    slot(connection).deadline = now + std::min(options.linger_timeout_ms, http_turned_away_ms);
+    next_timer = std::min(next_timer, slot(connection).deadline);
 }
 
-/// Makes room by closing the connection that has been idle for longest.
+/// Makes room by closing the connection that has been idle for longest. The request of a new one may
+/// be on its way.
 bool HttpServer::State::evict_idle() {
     HttpSlot* oldest = nullptr;
+    const uint64_t fresh_until = now + options.idle_timeout_ms - http_fresh_ms;
     for (HttpSlot& entry : slots)
-        if (entry.connection && entry.idle && (!oldest || entry.deadline < oldest->deadline))
+        if (entry.connection && entry.idle && (!oldest || entry.deadline < oldest->deadline) &&
+            (!entry.connection->fresh || entry.deadline <= fresh_until))
             oldest = &entry;
     if (oldest) drop(*oldest->connection);
     return oldest != nullptr;
@@ -45529,6 +46579,7 @@ void HttpServer::State::drop(HttpConnection& connection) {
     release_body(connection);
     poller.remove(connection.socket);
     --stats.connections;
+    turned_away -= connection.turned_away;
     HttpSlot& entry = slot(connection);
     free_slots.push_back(static_cast<uint32_t>(&entry - slots.data()));
     entry = {};
@@ -45556,6 +46607,8 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     entry.deadline = http_never;
     for (const HttpPhaseLimit& row : http_phase_limits)
         if (row.phase == phase) entry.deadline = now + options.*row.limit;
+    if (phase == HttpPhase::idle && drain_until != http_never)
+        entry.deadline = std::min(drain_until, now + http_goodbye_ms);
     if (phase == HttpPhase::reply && connection.active->begun)
         entry.deadline = std::min(entry.deadline, connection.active->full_until);
     next_timer = std::min(next_timer, entry.deadline);
@@ -45642,6 +46695,7 @@ void HttpServer::State::consume(HttpConnection& connection, std::string_view byt
 bool HttpServer::State::begin_exchange(HttpConnection& connection, std::string_view rest) {
     HttpRequest& request = connection.active->parser.message;
     ++stats.requests;
+    connection.fresh = false;
     request.peer = connection.peer;
     request.exchange = ++serial << http_slot_bits | (connection.id & http_slot_mask);
     request.max_body = options.limits.max_body_bytes;
@@ -45703,7 +46757,9 @@ void HttpServer::State::refuse(HttpConnection& connection, int status, std::stri
     connection.head_only = connection.active->parser.message.is_head();
     if (const uint64_t exchange = std::exchange(connection.exchange, 0))
         handler->on_closed(exchange);
-    HttpReply reply = handler->on_error(connection.active->parser.message, status, code, reason);
+    HttpRequest& request = connection.active->parser.message;
+    request.peer = connection.peer;
+    HttpReply reply = handler->on_error(request, status, code, reason);
     reply.close = true;
     send(connection, std::move(reply));
 }
@@ -45809,7 +46865,7 @@ void HttpServer::State::flush(HttpConnection& connection) {
 void HttpServer::State::finish(HttpConnection& connection) {
     if (connection.active->begun) return await_piece(connection);
     if (connection.peer_closed) return drop(connection);
-    if (!connection.keep_alive || drain_until != http_never) {
+    if (!connection.keep_alive) {
         connection.socket.shutdown_write();
         return enter(connection, HttpPhase::linger);
     }
@@ -45854,7 +46910,10 @@ namespace detail {
 
 namespace {
 
-Result<std::string> http_render_call(const HttpCall& call, const NetAddress& address) {
+constexpr uint32_t http_reply_head_bytes = 64 << 10;
+
+/// `host`: what the header Host is to say where the call does not.
+Result<std::string> http_render_call(const HttpCall& call, const std::string& host) {
     const auto refuse = [](const char* what) {
         return make_error(ErrorKind::invalid_request, what);
     };
@@ -45864,41 +46923,63 @@ Result<std::string> http_render_call(const HttpCall& call, const NetAddress& add
         if (!http_field_ok(field)) return refuse("a header field holds invalid characters");
     std::string out;
     http_append(&out, {call.method, " ", call.target, " HTTP/1.1\r\nConnection: close\r\n"});
-    if (!find_header(call.headers, "Host")) http_append(&out, {"Host: ", address.text(), "\r\n"});
+    if (!find_header(call.headers, "Host")) http_append(&out, {"Host: ", host, "\r\n"});
     if (!call.body.empty() || call.method == "POST" || call.method == "PUT")
         http_append(&out, {"Content-Length: ", std::to_string(call.body.size()), "\r\n"});
     http_append_fields(&out, call.headers);
     return out += "\r\n";
 }
 
+}  // namespace
+
 /// One call in progress: sends while it can, reads all along, because a server may refuse early.
-struct HttpExchange {
-    HttpExchange(const HttpCall& given, std::string_view rendered, const HttpLimits* limits)
-        : call(given), head(rendered), parser(limits, HttpParser::Side::reply) {
-        if (call.method == "HEAD") parser.expect_no_body();
+struct HttpClient::Exchange {
+    Exchange(HttpErrand given, HttpCaller* who, uint64_t id, uint64_t now)
+        : errand(std::move(given)),
+          caller(who),
+          number(id),
+          deadline(now + static_cast<uint64_t>(std::max(errand.call.timeout_ms, 0))),
+          parser(&limits, HttpParser::Side::reply) {
+        limits.max_head_bytes = http_reply_head_bytes;
+        limits.max_body_bytes = errand.call.max_reply_bytes;
+        reset_parser();
     }
-    const HttpCall& call;
-    std::string_view head;
+    HttpErrand errand;
+    HttpCaller* caller;
+    uint64_t number, deadline;
+    uint64_t next_address_at = http_no_deadline;  // while it connects
+    HttpLimits limits;
     HttpParser parser;
+    std::string head;
+    std::vector<NetAddress> addresses;  // not tried yet, the next one last
+    std::string peer = {};
+    std::optional<Error> failed = {};  // before it began
+    Socket socket = {};
     size_t sent = 0;
+    unsigned interest = 0;
     bool connected = false;
+    bool has_head = false;  // of the reply
+    int status = 0;         // likewise
 
-    size_t unsent() const { return head.size() + call.body.size() - sent; }
+    size_t unsent() const { return head.size() + errand.call.body.size() - sent; }
 
-    Result<void> write(Socket& socket) {
-        if (!connected && socket.connected() != IoStatus::done)
-            return make_error(ErrorKind::io, "cannot connect: refused or unreachable");
-        connected = true;
-        const std::string_view first = head.substr(std::min(sent, head.size()));
+    void reset_parser() {
+        parser.reset();
+        if (errand.call.method == "HEAD") parser.expect_no_body();
+    }
+
+    void write() {
+        const std::string_view all = head;
+        const std::string_view first = all.substr(std::min(sent, all.size()));
         const size_t from = sent - (head.size() - first.size());
-        const IoResult io = socket.write(first, std::string_view(call.body).substr(from));
+        const IoResult io = socket.write(first, std::string_view(errand.call.body).substr(from));
         // A server that refuses may stop reading; its reply may be on the way all the same.
-        sent = io.status == IoStatus::closed ? head.size() + call.body.size() : sent + io.bytes;
-        return {};
+        sent = io.status == IoStatus::closed ? head.size() + errand.call.body.size()
+                                             : sent + io.bytes;
     }
 
     /// complete, more, or fault.
-    HttpParser::Event read(Socket& socket) {
+    HttpParser::Event read() {
         char bytes[16 << 10];
         const IoResult io = socket.read(bytes, sizeof bytes);
         if (io.status == IoStatus::again) return HttpParser::Event::more;
@@ -45909,17 +46990,232 @@ struct HttpExchange {
             const HttpParser::Event event = parser.feed(rest, &used);
             rest.remove_prefix(used);
             if (event != HttpParser::Event::head) return event;
-            if (parser.status() / 100 == 1) skip_interim();
+            if (parser.status() / 100 == 1) {
+                reset_parser();
+                continue;
+            }
+            has_head = true;
+            status = parser.status();
         }
     }
 
-    void skip_interim() {
-        parser.reset();
-        if (call.method == "HEAD") parser.expect_no_body();
+    HttpReply reply() {
+        HttpRequest& message = parser.message;
+        return {status, std::move(message.headers), std::move(message.body), true};
+    }
+    /// What is known of it where it cannot go on.
+    Result<HttpReply> give_up(ErrorKind kind, std::string why) {
+        if (has_head && errand.head_is_enough) return HttpReply{status, {}, {}, true};
+        return make_error(kind, std::move(why));
     }
 };
 
-}  // namespace
+/// Names one after the other, since the system's call cannot be broken off. Its thread sees nothing
+/// of the client but this.
+struct HttpClient::Resolver {
+    struct Name {
+        uint64_t number = 0;  // of the exchange
+        std::string host = {};
+        uint16_t port = 0;
+        Result<std::vector<NetAddress>> addresses = std::vector<NetAddress>();
+    };
+    Resolver(HttpResolve how, Poller* whom) : resolve(how), poller(whom) {}
+    HttpResolve resolve;
+    Poller* poller;
+    std::mutex mutex;  // guards the three below
+    std::condition_variable waiting;
+    std::deque<Name> asked, found;
+    bool ending = false;
+    Thread thread;
+
+    static void run(void* self) { static_cast<Resolver*>(self)->run(); }
+    void run() {
+        for (;;) {
+            Name name;
+            {
+                std::unique_lock<std::mutex> lock(mutex);
+                waiting.wait(lock, [&] { return ending || !asked.empty(); });
+                if (ending) return;
+                name = std::move(asked.front());
+                asked.pop_front();
+            }
+            name.addresses = resolve(name.host, name.port);
+            {
+                const std::lock_guard<std::mutex> lock(mutex);
+                found.push_back(std::move(name));
+            }
+            poller->wake();
+        }
+    }
+};
+
+HttpClient::HttpClient(Poller* poller, HttpResolve resolve)
+    : poller_(poller), resolve_(resolve), now_(http_now_ms()) {}
+
+HttpClient::~HttpClient() {
+    for (const auto& exchange : exchanges_)
+        if (exchange->socket.is_open()) poller_->remove(exchange->socket);
+    if (!resolver_) return;
+    {
+        const std::lock_guard<std::mutex> lock(resolver_->mutex);
+        resolver_->ending = true;
+    }
+    resolver_->waiting.notify_one();
+    resolver_->thread.join();
+}
+
+uint64_t HttpClient::start(HttpErrand errand, HttpCaller* caller) {
+    now_ = http_now_ms();
+    exchanges_.push_back(std::make_unique<Exchange>(std::move(errand), caller, ++serial_, now_));
+    Exchange& exchange = *exchanges_.back();
+    const HttpCall& call = exchange.errand.call;
+    const auto begin = [&]() -> Result<void> {
+        const auto path = unix_path(call.host);
+        NetAddress local;
+        local.local = true;
+        auto address = path ? Result<NetAddress>(local) : NetAddress::parse(call.host, call.port);
+        auto head = http_render_call(call, path      ? "localhost"
+                                           : address ? address->text()
+                                                     : call.host);
+        if (!head) return head.error();
+        exchange.head = std::move(*head);
+        if (address) {
+            exchange.addresses = {*address};
+            return {};
+        }
+        if (!resolver_) {
+            resolver_ = std::make_unique<Resolver>(resolve_, poller_);
+            auto thread = Thread::start(&Resolver::run, resolver_.get(), "valar resolver");
+            if (!thread) resolver_.reset();
+            if (!thread) return thread.error();
+            resolver_->thread = std::move(*thread);
+        }
+        const std::lock_guard<std::mutex> lock(resolver_->mutex);
+        resolver_->asked.push_back({exchange.number, call.host, call.port});
+        resolver_->waiting.notify_one();
+        return {};
+    };
+    if (auto begun = begin(); !begun) exchange.failed = begun.error();
+    // What is known already is told from step(), never from here.
+    if (exchange.failed || !exchange.addresses.empty()) exchange.next_address_at = now_;
+    return exchange.number;
+}
+
+uint64_t HttpClient::deadline() const {
+    uint64_t next = http_no_deadline;
+    for (const auto& exchange : exchanges_)
+        next = std::min(next, std::min(exchange->deadline, exchange->next_address_at));
+    return next;
+}
+
+void HttpClient::step(uint64_t now_ms) {
+    now_ = now_ms;
+    take_addresses();
+    std::vector<uint64_t> due;
+    for (const auto& exchange : exchanges_)
+        if (std::min(exchange->deadline, exchange->next_address_at) <= now_)
+            due.push_back(exchange->number);
+    for (const uint64_t number : due) {
+        const auto found = std::find_if(exchanges_.begin(), exchanges_.end(),
+                                        [&](const auto& one) { return one->number == number; });
+        if (found == exchanges_.end()) continue;
+        Exchange& exchange = **found;
+        if (exchange.failed) finish(exchange, *exchange.failed);
+        else if (exchange.deadline > now_) dial(exchange);
+        else
+            finish(exchange, exchange.give_up(ErrorKind::timeout,
+                                              "no complete reply from " +
+                                                  (exchange.peer.empty() ? exchange.errand.call.host
+                                                                         : exchange.peer)));
+    }
+}
+
+void HttpClient::take_addresses() {
+    if (!resolver_) return;
+    std::deque<Resolver::Name> names;
+    {
+        const std::lock_guard<std::mutex> lock(resolver_->mutex);
+        names.swap(resolver_->found);
+    }
+    for (Resolver::Name& name : names)
+        for (const auto& exchange : exchanges_) {
+            if (exchange->number != name.number) continue;
+            if (!name.addresses) exchange->failed = name.addresses.error();
+            else exchange->addresses.assign(name.addresses->rbegin(), name.addresses->rend());
+            exchange->next_address_at = now_;
+        }
+}
+
+/// Connects to the next address that may be called.
+void HttpClient::dial(Exchange& exchange) {
+    const HttpCall& call = exchange.errand.call;
+    const NetPolicy* policy = exchange.errand.policy;
+    if (exchange.socket.is_open()) poller_->remove(exchange.socket);
+    exchange.socket.close();
+    while (!exchange.addresses.empty()) {
+        const NetAddress address = exchange.addresses.back();
+        exchange.addresses.pop_back();
+        if (policy && !policy->allows(address)) continue;
+        const auto path = unix_path(call.host);
+        auto socket = path ? Socket::connect_unix(*path) : Socket::connect(address);
+        exchange.peer = address.text();
+        if (!socket) continue;
+        exchange.socket = std::move(*socket);
+        exchange.interest = 0;
+        exchange.next_address_at = now_ + http_connect_ms;
+        return watch(exchange);
+    }
+    if (exchange.peer.empty())
+        return finish(exchange, make_error(ErrorKind::permission, "blocked: " + call.host));
+    finish(exchange, make_error(ErrorKind::io, "cannot connect to " + exchange.peer));
+}
+
+void HttpClient::watch(Exchange& exchange) {
+    unsigned interest = exchange.connected ? poll_read : poll_write;
+    if (exchange.unsent() > 0) interest |= poll_write;
+    if (interest == exchange.interest) return;
+    exchange.interest = interest;
+    auto watched = poller_->set(exchange.socket, http_client_tag | exchange.number, interest);
+    if (!watched) finish(exchange, watched.error());
+}
+
+void HttpClient::on_event(const PollEvent& event) {
+    const auto found = std::find_if(exchanges_.begin(), exchanges_.end(), [&](const auto& one) {
+        return one->number == (event.tag & ~http_client_tag);
+    });
+    if (found == exchanges_.end()) return;  // ended earlier in this turn
+    Exchange& exchange = **found;
+    if (!exchange.connected) {
+        now_ = http_now_ms();
+        if (exchange.socket.connected() != IoStatus::done) return dial(exchange);
+        exchange.connected = true;
+        exchange.next_address_at = http_no_deadline;
+        exchange.write();
+        return watch(exchange);
+    }
+    if (event.writable && exchange.unsent() > 0) exchange.write();
+    if (!event.readable && !event.hangup) return watch(exchange);
+    switch (exchange.read()) {
+        case HttpParser::Event::complete: return finish(exchange, exchange.reply());
+        case HttpParser::Event::fault:
+            return finish(
+                exchange,
+                exchange.give_up(
+                    exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
+                    "reply from " + exchange.peer + ": " + std::string(exchange.parser.reason())));
+        default: return watch(exchange);
+    }
+}
+
+/// The last of an exchange: its caller may start another one.
+void HttpClient::finish(Exchange& exchange, Result<HttpReply> reply) {
+    if (exchange.socket.is_open()) poller_->remove(exchange.socket);
+    const auto place = std::find_if(exchanges_.begin(), exchanges_.end(),
+                                    [&](const auto& one) { return one.get() == &exchange; });
+    const std::unique_ptr<Exchange> ended = std::move(*place);
+    exchanges_.erase(place);
+    ended->caller->on_reply(ended->number, std::move(reply));
+}
 
 }  // namespace detail
 }  // namespace v1
@@ -45930,49 +47226,28 @@ inline namespace v1 {
 
 Result<HttpReply> http_call(const HttpCall& call) {
     using namespace detail;
-    auto address = NetAddress::parse(call.host, call.port);
-    if (!address) return address.error();
-    auto head = http_render_call(call, *address);
-    if (!head) return head.error();
-    const uint64_t deadline = http_now_ms() + static_cast<uint64_t>(std::max(call.timeout_ms, 0));
-    auto socket = Socket::connect(*address);
-    if (!socket) return socket.error();
+    if (!unix_path(call.host))  // names are for those who say which addresses may be called
+        if (auto address = NetAddress::parse(call.host, call.port); !address)
+            return address.error();
+    struct Caller : HttpCaller {
+        std::optional<Result<HttpReply>> ended;
+        void on_reply(uint64_t, Result<HttpReply> reply) override { ended = std::move(reply); }
+    } caller;
     auto poller = Poller::open();
     if (!poller) return poller.error();
-
-    HttpLimits limits;
-    limits.max_head_bytes = 64 << 10;
-    limits.max_body_bytes = call.max_reply_bytes;
-    HttpExchange exchange(call, *head, &limits);
+    HttpClient client(&*poller);
+    client.start({call}, &caller);
     std::vector<PollEvent> events;
     for (;;) {
         const uint64_t now = http_now_ms();
-        if (now >= deadline)
-            return make_error(ErrorKind::timeout, "no complete reply from " + address->text());
-        const unsigned interest = exchange.unsent() > 0 ? poll_write | poll_read : poll_read;
-        auto watched = poller->set(*socket, 1, exchange.connected ? interest : poll_write);
-        if (!watched) return watched.error();
-        const int wait_ms = static_cast<int>(std::min<uint64_t>(deadline - now, 60'000));
+        client.step(now);
+        if (caller.ended) return std::move(*caller.ended);
+        const uint64_t next = client.deadline();
+        const int wait_ms = static_cast<int>(
+            std::min<uint64_t>(next > now ? next - now : 0, 60'000));
         auto waited = poller->wait(wait_ms, &events);
         if (!waited) return waited.error();
-        if (events.empty()) continue;
-        if (exchange.unsent() > 0 && (events[0].writable || !exchange.connected)) {
-            auto written = exchange.write(*socket);
-            if (!written) return make_error(ErrorKind::io, "cannot connect to " + address->text());
-        }
-        if (!events[0].readable) continue;
-        switch (exchange.read(*socket)) {
-            case HttpParser::Event::complete: {
-                HttpRequest& message = exchange.parser.message;
-                return HttpReply{exchange.parser.status(), std::move(message.headers),
-                                 std::move(message.body), true};
-            }
-            case HttpParser::Event::fault:
-                return make_error(
-                    exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
-                    "reply from " + address->text() + ": " + std::string(exchange.parser.reason()));
-            default: break;
-        }
+        for (const PollEvent& event : events) client.on_event(event);
     }
 }
 
@@ -46017,8 +47292,9 @@ struct StoreEntry {
     }
     /// Whether an object may be put here.
     bool takes_object() const { return !erased && (!record.terminal || record.conversation); }
+    bool is_listed() const { return !erased && !record.conversation && !record.kept; }
     void put_object(const std::shared_ptr<const std::string>& object, int64_t ended_at_ms) {
-        record.terminal = true;
+        record.terminal = !record.kept;
         record.ended_at_ms = ended_at_ms;
         record.object = object;
         text_bytes += size_of_text(object) - object_bytes;
@@ -46027,6 +47303,10 @@ struct StoreEntry {
     }
     void drop_texts() { record.head = record.request = record.object = nullptr; }
 };
+
+inline int64_t store_retention_ms(int64_t seconds) {
+    return std::clamp<int64_t>(seconds, 0, INT64_MAX / 1000) * 1000;
+}
 
 /// Whether `age_ms`, which is not negative, has passed since then. No difference overflows.
 inline bool store_is_past(int64_t since_ms, int64_t age_ms, int64_t now_ms) {
@@ -46100,7 +47380,7 @@ public:
     StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
         : index_(index),
           max_bytes_(max_bytes),
-          retention_ms_(std::clamp<int64_t>(retention_s, 0, INT64_MAX / 1000) * 1000),
+          retention_ms_(store_retention_ms(retention_s)),
           serial_(serial) {}
 
     /// Decides one change; the steps that it takes are appended.
@@ -46181,8 +47461,7 @@ namespace detail {
 void StoreIndex::link(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ += entry.cost();
-    if (!entry.erased && !record.conversation)
-        arrivals_[{record.organisation, entry.serial}] = &entry;
+    if (entry.is_listed()) arrivals_[{record.organisation, entry.serial}] = &entry;
     if (record.terminal) ended_[{record.ended_at_ms, entry.serial}] = &entry;
     if (!record.reservation.empty()) reserved_[{record.organisation, record.reservation}] = &entry;
 }
@@ -46205,8 +47484,7 @@ Result<std::vector<std::string>> StoreIndex::list(const std::string& organisatio
     uint64_t before = UINT64_MAX;
     if (!after.empty()) {
         const StoreEntry* entry = find(after);
-        if (!entry || entry->erased || entry->record.conversation ||
-            entry->record.organisation != organisation)
+        if (!entry || !entry->is_listed() || entry->record.organisation != organisation)
             return store_not_found();
         before = entry->serial;
     }
@@ -46315,7 +47593,7 @@ Result<void> StorePlan::update(const StoreChange& change) {
     if (!found || !(begins ? !found->record.terminal : found->takes_object()))
         return make_error(ErrorKind::not_found, "no unfinished response has this id", "not_found");
     StoreEntry entry = *found;
-    const int64_t died_ms = entry.record.terminal ? change.now_ms : 0;  // the object before this
+    const int64_t died_ms = entry.record.ended_at_ms != 0 ? change.now_ms : 0;  // the object before
     if (begins) entry.record.attempts = change.record.attempts;
     else entry.put_object(change.record.object, change.now_ms);
     step(change.record.id, std::move(entry), died_ms);
@@ -46427,6 +47705,9 @@ MemoryStore::MemoryStore(const MemoryStoreOptions& options)
           options, {&records_->index, options.max_bytes, options.retention_s, &records_->serial}}) {
 }
 MemoryStore::~MemoryStore() = default;
+int64_t MemoryStore::retention_ms() const {
+    return detail::store_retention_ms(state_->options.retention_s);
+}
 
 void MemoryStore::change(detail::StoreChange change) {
     Result<void> result;
@@ -46497,7 +47778,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t journal_version = 1;               // of segments
+inline constexpr uint32_t journal_version = 2;               // of segments; 1 knew no `kept`
 inline constexpr uint32_t journal_manifest_version = 2;      // 1 had sizes, and no more to compare
 inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
 inline constexpr uint64_t journal_last_sequence = uint64_t{1} << 63;  // far from where sums wrap
@@ -46510,6 +47791,8 @@ inline constexpr uint64_t journal_max_payload = uint64_t{1} << 30;
 inline constexpr size_t journal_write_bytes = size_t{4} << 20;  // gathered before a write
 inline constexpr size_t journal_copy_bytes = size_t{1} << 20;   // of compaction, between commits
 inline constexpr int64_t journal_dead_ms = 12 * 3600 * 1000;    // then what died leaves the disk
+inline constexpr uint64_t journal_least_reserve = 64 << 10;     // on a small disk
+inline constexpr uint64_t journal_look_ns = 1'000'000'000;      // between looks for room
 inline constexpr int64_t journal_mark_ms = 10 * 60 * 1000;      // between marks
 
 enum JournalType : uint16_t {
@@ -46606,11 +47889,13 @@ void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t&
         codec.number(record.created_at_ms);
     }
     if (type == journal_add) {
-        unsigned flags = unsigned(record.background) | unsigned(record.conversation) << 1;
+        unsigned flags = unsigned(record.background) | unsigned(record.conversation) << 1 |
+                         unsigned(record.kept) << 2;
         codec.number(flags);
         record.background = flags & 1;
         record.conversation = flags & 2;
-        if constexpr (std::is_same_v<Codec, JournalDecoder>) codec.good = codec.good && flags < 4;
+        record.kept = flags & 4;
+        if constexpr (std::is_same_v<Codec, JournalDecoder>) codec.good = codec.good && flags < 8;
     }
     if (type == journal_add || type == journal_begin) codec.number(record.attempts);
     if (type == journal_finish || type == journal_erase) codec.number(record.ended_at_ms);
@@ -46671,6 +47956,9 @@ Error journal_damage(const std::string& name, uint64_t offset, std::string_view 
 Error journal_newer(const std::string& name);
 
 Result<Buffer> journal_read(FolderFile& file);
+
+/// Copies a journal that may be at work meanwhile: an instant of it since the call. `to` is empty.
+Result<void> journal_copy(Folder& from, Folder& to);
 
 /// A name for a damaged file, which joins `names`.
 std::string journal_aside(std::vector<std::string>* names, const std::string& name);
@@ -46733,6 +48021,14 @@ struct FileJournal {
     JournalTime time;
     std::optional<JournalCompaction> compaction;
     std::optional<Error> broken;  // after a sync that failed
+    uint64_t reserve = 0;         // bytes of the file that is given up when the disk is full
+    std::optional<Error> full;    // since then, until the reserve could be taken anew
+    uint64_t wanted_free = 0;     // on the disk, before that is tried
+    uint64_t spendable = 0;       // of what it gave, for outcomes; the rest is for deletions
+    uint64_t next_look_ns = 0;    // for room
+    std::atomic<uint64_t> free_bytes = UINT64_MAX;
+    mutable std::mutex failure_mutex;
+    std::optional<Error> failure;  // broken or full, for other threads
 
     // one commit
     std::string out;
@@ -46769,6 +48065,14 @@ struct FileJournal {
     void run();
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
+    Result<void> try_commit(std::vector<StoreChange>& changes, std::vector<Result<void>>* results);
+    void take_reserve();
+    uint64_t least_reserve() const {
+        return std::min(journal_least_reserve, options.segment_bytes / 32);
+    }
+    bool give_reserve(const Error& why);
+    void look_for_room();
+    void set_failure(const std::optional<Error>& why);
     void begin_commit();
     Result<void> append(uint16_t type, StoredResponse record = {});
     Result<void> add_to_commit(StoreChange& change);
@@ -46870,6 +48174,7 @@ Result<void> FileJournal::stop_if_failed(Result<void> synced) {
     if (!synced && !broken) {
         broken = make_error(ErrorKind::io, "the journal takes no more: " + synced.error().message);
         options.log(LogLevel::error, broken->message);
+        set_failure(broken);
     }
     return synced;
 }
@@ -46959,7 +48264,7 @@ void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse r
         case journal_finish:
             if (!found || !found->takes_object())
                 return segment.note_dead(record.ended_at_ms);  // of one that expired
-            if (!open) died_ms = record.ended_at_ms;           // the object before this
+            if (found->record.ended_at_ms != 0) died_ms = record.ended_at_ms;  // the object before
             entry.put_object(record.object, record.ended_at_ms);
             entry.ended = place;
             break;
@@ -47122,7 +48427,7 @@ Result<void> FileJournal::check_head(const JournalSegment& segment, std::string_
         return journal_newer(segment.name);
     if (bytes.size() < journal_segment_head)
         return journal_damage(segment.name, bytes.size(), "it ends within its head");
-    if (bytes.substr(0, 8) == "valarjnl" && journal_get<uint32_t>(at + 8) == journal_version &&
+    if (bytes.substr(0, 8) == "valarjnl" && journal_get<uint32_t>(at + 8) != 0 &&
         journal_get<uint32_t>(at + 12) == salt &&
         journal_get<uint32_t>(at + 16) == segment.number &&
         journal_get<uint64_t>(at + 20) == segment.first_sequence &&
@@ -47708,8 +49013,14 @@ Result<void> FileJournal::encode_step(StoreChange::Kind change, StorePlan::Step&
 Result<void> FileJournal::add_to_commit(StoreChange& change) {
     if (broken && change.kind != StoreChange::Kind::expire) return *broken;
     if (write_failed) return *write_failed;
+    const bool grows = change.kind == StoreChange::Kind::add ||
+                       (change.kind == StoreChange::Kind::finish && out.size() >= spendable);
+    if (full && grows) return *full;
     const size_t begin = plan->steps().size();
     if (auto decided = plan->decide(change); !decided) return decided;
+    if (const size_t gone = plan->steps().size() - begin;
+        gone > 0 && change.kind == StoreChange::Kind::expire)
+        options.log(LogLevel::info, format("%zu finished records expired", gone));
     for (size_t i = begin; i < plan->steps().size(); ++i) {
         auto put = encode_step(change.kind, plan->steps()[i]);
         if (put) continue;
@@ -47740,6 +49051,7 @@ Result<void> FileJournal::write() {
     }
     if (written == segment.bytes) return {};
     if (auto synced = stop_if_failed(segment.file->sync()); !synced) return *broken;
+    spendable -= std::min(spendable, written - segment.bytes);
     segment.bytes = written;
     segment.records += uint32_t(next_sequence - commit);
     segment.digest = digest;
@@ -47762,15 +49074,25 @@ Result<void> FileJournal::append(uint16_t type, StoredResponse record) {
     return write();
 }
 
-void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+Result<void> FileJournal::try_commit(std::vector<StoreChange>& changes,
+                                     std::vector<Result<void>>* results) {
     begin_commit();
+    results->clear();
+    for (StoreChange& change : changes) results->push_back(add_to_commit(change));
+    return write();
+}
+
+void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+    look_for_room();
     std::vector<Result<void>> results;
     int64_t now_ms = 0;
-    for (StoreChange& change : changes) {
-        results.push_back(add_to_commit(change));
+    for (const StoreChange& change : changes)
         if (change.kind == StoreChange::Kind::expire) now_ms = std::max(now_ms, change.now_ms);
+    auto done = try_commit(changes, &results);
+    if (!done && done.error().kind == ErrorKind::overloaded && give_reserve(done.error())) {
+        plan->clear();
+        done = try_commit(changes, &results);
     }
-    auto done = write();
     {
         const std::lock_guard<std::mutex> lock(records->mutex);
         if (done)
@@ -47784,6 +49106,61 @@ void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
     if (segments.back()->bytes >= options.segment_bytes && !broken) (void)roll().ok();
     if (now_ms != 0) upkeep(now_ms);
     if (this->now_ms() >= time.next_mark_ms) write_mark();
+}
+
+// ---- A full disk -----------------------------------------------------------------------------
+
+void FileJournal::set_failure(const std::optional<Error>& why) {
+    const std::lock_guard<std::mutex> lock(failure_mutex);
+    failure = why;
+}
+
+/// As much of a segment as there is room for.
+void FileJournal::take_reserve() {
+    const auto take = [&](uint64_t bytes) -> Result<void> {
+        auto file = folder->open_file("reserve", false);
+        if (!file) file = folder->open_file("reserve", true);
+        return file ? (*file)->allocate(bytes) : file.error();
+    };
+    const uint64_t least = least_reserve();
+    Result<void> taken;
+    for (uint64_t bytes = options.segment_bytes; bytes > least; bytes /= 2) {
+        taken = take(bytes);
+        if (taken) {
+            reserve = bytes;
+            return;
+        }
+        (void)folder->remove("reserve").ok();
+        if (taken.error().kind != ErrorKind::overloaded) return;  // it goes without
+    }
+    if (full || taken) return;
+    full = taken.error();
+    wanted_free = folder->free_bytes() + least;
+    set_failure(full);
+}
+
+/// True: there is room for what cannot wait, for once.
+bool FileJournal::give_reserve(const Error& why) {
+    const uint64_t given = std::exchange(reserve, 0), left = folder->free_bytes();
+    if (given == 0 || !folder->remove("reserve")) return false;
+    full = why;
+    spendable = given / 2;
+    // what was given is no new room (where it cannot be known the sum wraps, and is no bound)
+    wanted_free = left + given + least_reserve();
+    set_failure(full);
+    return true;
+}
+
+void FileJournal::look_for_room() {
+    const uint64_t now_ns = folder->clock_ns();
+    if (now_ns < next_look_ns) return;
+    next_look_ns = now_ns + journal_look_ns;
+    free_bytes = folder->free_bytes();
+    if (!full || broken || free_bytes < wanted_free) return;
+    take_reserve();
+    if (reserve == 0) return;
+    full.reset();
+    set_failure(std::nullopt);
 }
 
 /// While there is something that ages.
@@ -48085,6 +49462,8 @@ Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& optio
     if (auto loaded = state.load(); !loaded) return loaded.error();
     state.time.begin();
     state.ready = true;
+    state.take_reserve();
+    state.look_for_room();
     if (!options.own_thread) return store;
     const auto run = [](void* self) { static_cast<State*>(self)->run(); };
     auto thread = detail::Thread::start(run, &state, "valar store");
@@ -48103,8 +49482,17 @@ void FileStore::change(detail::StoreChange change) {
     if (first) state_->queue_filled.notify_one();
 }
 
+int64_t FileStore::retention_ms() const {
+    return detail::store_retention_ms(state_->options.retention_s);
+}
 bool FileStore::step() { return state_->step(); }
 int64_t FileStore::now_ms() const { return state_->now_ms(); }
+
+uint64_t FileStore::free_bytes() const { return state_->free_bytes; }
+std::optional<Error> FileStore::failure() const {
+    const std::lock_guard<std::mutex> lock(state_->failure_mutex);
+    return state_->failure;
+}
 
 uint64_t FileStore::disk_bytes() const {
     const std::lock_guard<std::mutex> lock(records_->mutex);
@@ -48152,6 +49540,298 @@ std::optional<StoredResponse> FileStore::find(std::string_view organisation,
 }  // namespace valar
 #endif  // VALAR_NO_STORE
 
+// ---- src/store/backup.cpp ----------------------------------------------------------------------
+
+#ifndef VALAR_NO_STORE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Backups -----------------------------------------------------------------------------------
+// What the manifest names, as long as it is the manifest, is the journal: a segment that grows no
+// more stays as it is, and of the newest every beginning is a moment that was. So the copy is one
+// when the manifest was the same before the first and after the last of its files was read. Else
+// the next pass brings what it names now, of what is there only the segment that grew.
+
+namespace {
+
+std::string_view backup_text(const Buffer& bytes) { return {bytes.as<const char>(), bytes.size()}; }
+
+class Backup {
+public:
+    Backup(Folder* from, Folder* to) : from_(*from), to_(*to) {}
+    /// One pass. False: the journal has another manifest by now.
+    Result<bool> pass();
+
+private:
+    Result<Buffer> read(const std::string& name);
+    Result<Buffer> read(const JournalSegment& segment, bool grows);
+    Result<void> write(const std::string& name, const Buffer& bytes);
+
+    Folder &from_, &to_;
+    std::vector<std::string> done_;  // segments that grow no more
+};
+
+Result<Buffer> Backup::read(const std::string& name) {
+    auto file = from_.open_file(name, false);
+    if (!file) return file.error();
+    return journal_read(**file);
+}
+
+Result<Buffer> Backup::read(const JournalSegment& segment, bool grows) {
+    auto bytes = read(segment.name);
+    if (bytes && (grows ? bytes->size() < segment.bytes : bytes->size() != segment.bytes))
+        return journal_damage(segment.name, bytes->size(), "it has not the size in 'manifest'");
+    return bytes;
+}
+
+Result<void> Backup::write(const std::string& name, const Buffer& bytes) {
+    auto file = to_.open_file(name, true);
+    if (!file) return file.error();
+    auto put = (*file)->write_at(0, backup_text(bytes));
+    return put ? (*file)->sync() : put;
+}
+
+/// Removes all files but those.
+Result<void> backup_leave(Folder& folder, const JournalSegments& kept) {
+    auto names = folder.list();
+    if (!names) return names.error();
+    for (const std::string& name : *names) {
+        const auto same = [&](const auto& segment) { return segment->name == name; };
+        if (name != "manifest" && !journal_segment(name)) continue;
+        if (std::any_of(kept.begin(), kept.end(), same)) continue;
+        if (auto gone = folder.remove(name); !gone) return gone;
+    }
+    return {};
+}
+
+Result<bool> Backup::pass() {
+    auto manifest = read("manifest");
+    if (!manifest) return manifest.error();
+    FileJournal journal;
+    if (auto listed = journal.read_manifest(backup_text(*manifest)); !listed) return listed.error();
+    const auto moved_on = [&] {
+        auto now = read("manifest");
+        return now && backup_text(*now) != backup_text(*manifest);
+    };
+    for (const auto& segment : journal.segments) {
+        const bool grows = segment == journal.segments.back();
+        if (std::find(done_.begin(), done_.end(), segment->name) != done_.end()) continue;
+        auto bytes = read(*segment, grows);
+        if (!bytes && moved_on()) return false;  // a compaction took it away
+        if (!bytes) return bytes.error();
+        if (auto put = write(segment->name, *bytes); !put) return put.error();
+        if (!grows) done_.push_back(segment->name);
+    }
+    if (moved_on()) return false;
+    if (auto left = backup_leave(to_, journal.segments); !left) return left.error();
+    if (auto put = write("manifest", *manifest); !put) return put.error();
+    if (auto synced = to_.sync(); !synced) return synced.error();
+    return true;
+}
+
+Result<void> backup_check_empty(Folder& folder, const std::string& path) {
+    auto names = folder.list();
+    if (!names) return names.error();
+    for (const std::string& name : *names)
+        if (name != "." && name != ".." && name != "lock")
+            return make_error(
+                ErrorKind::io,
+                "'" + path + "' is not empty, as a copy's directory is: '" + name + "' is there");
+    return {};
+}
+
+}  // namespace
+
+Result<void> journal_copy(Folder& from, Folder& to) {
+    Backup backup(&from, &to);
+    for (;;) {
+        auto whole = backup.pass();
+        if (whole && *whole) return {};
+        if (whole) continue;
+        (void)backup_leave(to, {}).ok();
+        return whole.error();
+    }
+}
+
+}  // namespace detail
+
+Result<uint64_t> FileStore::back_up(const std::string& from, const std::string& to) {
+    auto source = detail::Folder::open_beside(from);
+    if (!source) return source.error();
+    for (bool empty = false;; empty = true) {
+        auto target = detail::Folder::open(to);
+        if (!target) return target.error();
+        if (!empty)
+            if (auto checked = detail::backup_check_empty(**target, to); !checked)
+                return checked.error();
+        auto copied = detail::journal_copy(**source, **target);
+        if (!copied && copied.error().kind == ErrorKind::not_found)
+            return detail::make_error(ErrorKind::io, "'" + from + "' holds no store");
+        if (!copied) return copied.error();
+        target->reset();
+        Result<uint64_t> bytes = uint64_t{0};
+        {
+            auto opened = open({.path = to, .own_thread = false});
+            if (opened) bytes = (*opened)->disk_bytes();
+            else bytes = opened.error();
+        }
+        auto copy = detail::Folder::open_beside(to);
+        if (copy) (void)(*copy)->remove("reserve").ok();  // of the copy's own disk
+        if (bytes) return bytes;
+        // On a full disk a write may have been undone, and another put there, while it was read.
+        if (!empty && bytes.error().kind == ErrorKind::bad_data) continue;
+        if (copy) (void)detail::backup_leave(**copy, {}).ok();
+        return bytes;
+    }
+}
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_STORE
+
+// ---- src/server/batches.hpp --------------------------------------------------------------------
+
+// What a batch is made of: its body, the ids of its responses, and how its items are kept.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr size_t server_most_requests = 100'000;  // of a batch
+inline constexpr size_t server_batch_scale = 8;   // a batch's body to max_body_bytes: 256 MiB
+inline constexpr size_t server_batch_part = 64;   // items that are kept in one record
+inline constexpr size_t server_batch_live = 128;  // items of all batches in work, about
+inline constexpr size_t server_batch_drawn = 20;  // characters of its id
+/// How far an item is: waits, is a response in work, has ended.
+inline constexpr char server_batch_waits = 'P', server_batch_begun = 'R';
+
+inline constexpr size_t server_most_label = 256;  // characters
+
+/// The body of POST /v1/batches, without a tree of all of it.
+struct BatchBody {
+    Json rest;                               // with "requests": []
+    std::vector<std::string_view> requests;  // texts of the body, not checked yet
+};
+/// Where `requests` is no array it stays in `rest`. Errors: of what is no JSON around its items; it
+/// has more than it may.
+Result<BatchBody> batch_split(std::string_view body);
+
+/// The id of an item's response, and back: a batch's id and the item's place.
+std::string batch_response_id(const std::string& batch, size_t place);
+std::optional<std::pair<std::string, size_t>> batch_of(const std::string& response_id);
+std::string batch_part_id(const std::string& batch, size_t part);
+
+/// Parts hold three lines an item: what is kept for its webhook, what acceptance resolved, and its
+/// request.
+struct BatchItem {
+    std::string_view hook, head, request;
+    size_t size() const { return hook.size() + head.size() + request.size() + 3; }
+};
+std::optional<BatchItem> batch_item(std::string_view part, size_t place);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/server/webhooks.hpp -------------------------------------------------------------------
+
+// What a server tells others of its own accord: that a response has ended.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct ServerLoop;
+
+inline constexpr uint32_t webhook_retry_s[] = {1, 5, 25};  // after a try that failed
+inline constexpr uint32_t webhook_tries = 4;
+inline constexpr double webhook_jitter = 0.2;  // of that time, more or less
+inline constexpr int webhook_timeout_ms = 30'000;
+inline constexpr uint64_t webhook_reply_bytes = 64 << 10;  // that are read, and dropped
+inline constexpr size_t webhook_most_active = 16, webhook_most_per_host = 2;
+inline constexpr size_t webhook_most_queued = 10'000;  // of an organisation
+inline constexpr std::string_view webhook_prefix = "hook_";
+
+/// The header fields of a delivery, signed at that time where there is a token.
+HttpHeaders webhook_headers(const std::string& response_id, std::string_view token,
+                            std::string_view body, int64_t unix_s);
+
+/// The deliveries. Each has a record of its own that is kept, "hook_" and the response's id, from
+/// before the response's own record on until it was delivered or given up: with URL and token, which
+/// stand nowhere else in the store. It is due once its response is terminal in the store, whose
+/// object is the body. Where that is deleted meanwhile the body becomes the delivery's own object.
+/// Threads: the loop's; read() is for workers.
+class Webhooks : HttpCaller {
+public:
+    explicit Webhooks(ServerLoop* loop) : loop_(loop) {}
+    void open();  ///< once the server listens
+
+    /// What is to be kept for a request's webhook; empty: it has none. Errors: invalid_request or
+    /// permission: its URL cannot be used.
+    Result<std::string> read(const Request& request) const;
+    /// `what`: a response, or a batch with so many of them.
+    void refuse(const char* what, const std::string& id, const Error& why, size_t count = 1);
+    void keep(const std::string& id, const std::string& organisation, std::string head);
+    void forget(const std::string& id, const std::string& organisation);
+    /// The response's end is in the store.
+    void begin(const std::string& id, const std::string& organisation);
+    bool has(const std::string& id) const { return deliveries_.count(id) != 0; }
+    /// Its response is about to be deleted.
+    void keep_body(const std::string& id, std::shared_ptr<const std::string> body);
+    void recover(StoredResponse stored);  ///< a delivery's record that the last process left
+    void recover_all();                   ///< after all of them, and the responses
+    void on_tick(uint64_t now_ns);
+
+    // for metrics
+    size_t queued() const { return deliveries_.size(); }
+    const std::map<std::string, uint64_t>& ended() const { return ended_; }
+    uint64_t tried() const { return tried_; }
+
+private:
+    struct Delivery {
+        std::string organisation = {}, host = {};
+        uint32_t tries = 0;
+        uint64_t began_ns = 0;
+        int status = 0;  // of the last try; 0: none came
+    };
+    struct Host {
+        size_t active = 0;
+        bool ready = false;                    // is in ready_
+        std::deque<std::string> waiting = {};  // ids
+    };
+    struct HookJob;
+
+    void send(const std::string& id, const Delivery& delivery, bool tries);
+    Result<void> load(HookJob& job) const;
+    void loaded(HookJob& job);
+    void begin_again(const std::string& id, const StoredResponse& stored);
+    void queue(const std::string& id, const Delivery& delivery);
+    void offer(const std::string& name, Host& host);
+    void run();
+    void on_reply(uint64_t call, Result<HttpReply> reply) override;
+    void end_try(const std::string& id, Result<HttpReply> reply);
+    void retry(const std::string& id, const Delivery& delivery);
+    void end(const std::string& id, const char* outcome, const std::string& error = {});
+
+    ServerLoop* loop_;
+    NetPolicy policy_;
+    std::unordered_map<std::string, Delivery> deliveries_;  // by the id of the response
+    std::map<std::string, size_t> counts_;                  // of those, by organisation
+    std::map<std::string, Host> hosts_;
+    std::deque<std::string> ready_;  // hosts that may get one more
+    size_t active_ = 0;
+    std::multimap<uint64_t, std::string> later_;       // tries again, by when
+    std::unordered_map<uint64_t, std::string> calls_;  // in progress
+    std::vector<StoredResponse> left_;                 // of before a restart
+    std::map<std::string, uint64_t> ended_;            // by outcome
+    uint64_t tried_ = 0;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/server/words.hpp ----------------------------------------------------------------------
 
 // Words, ids and errors that several parts of the server say.
@@ -48178,18 +49858,44 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+/// A bucket that holds a minute's requests and fills evenly.
+struct ServerBucket {
+    double left = 0;         // requests that may come now
+    uint64_t filled_ns = 0;  // when that was so
+    /// One of them; else the seconds until there is one.
+    uint32_t take(uint32_t per_minute, uint64_t now_ns);
+};
+
 struct ServerKey {
     Hash256 hash;  // of the secret
     std::string id, organisation;
     uint32_t per_minute = 0;
-    double tokens = 0;       // requests that it may make now
-    uint64_t filled_ns = 0;  // when that was so
+    ServerBucket bucket;
+};
+
+inline constexpr uint32_t server_guesses_a_minute = 20;
+
+/// Requests without a known key, by the address that they come from; of IPv6 by its network (64
+/// bits), of which one client may have all. As large as it ever gets: of the addresses that share a
+/// row the one that was not seen for longest is forgotten.
+class ServerGuesses {
+public:
+    uint32_t take(std::string_view client, uint64_t now_ns);
+
+private:
+    static constexpr size_t rows = 1024, places = 4;
+    struct Entry {
+        uint64_t address = 0;  // of its digest
+        ServerBucket bucket;
+    };
+    std::vector<Entry> entries_;
 };
 
 inline constexpr size_t server_workers = 2;
 inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeout_ms is
 inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
 inline constexpr uint64_t server_expire_every_ns = 60'000'000'000;
+inline constexpr uint64_t server_look_ns = 1'000'000'000;
 inline constexpr size_t server_min_secret = 16;
 inline constexpr size_t server_max_client_id = 128;            // of a request, given by its client
 inline constexpr size_t server_shown_bytes = 200;              // of a path in a log line or message
@@ -48217,6 +49923,8 @@ struct ServerParameter {
 };
 inline constexpr std::string_view server_orders[] = {"asc", "desc"};
 inline constexpr std::string_view server_switch[] = {"true", "false"};
+inline constexpr ServerParameter server_live = {"live", "Only whether the process answers.",
+                                                server_switch};
 inline constexpr ServerParameter server_limit = {
     "limit", "How many there may be; 20 by default.", {}, 1, server_list_most};
 inline constexpr ServerParameter server_after = {"after", "The id behind which to go on."};
@@ -48231,8 +49939,62 @@ inline constexpr ServerParameter server_starting_after = {
     0,
     INT64_MAX,
     true};
+inline constexpr size_t server_batches_default = 25;
+inline constexpr ServerParameter server_batches_limit = {
+    "limit", "How many there may be; 25 by default.", {}, 1, 200};
+inline constexpr ServerParameter server_after_id = {"after_id", "The id behind which to go on."};
+inline constexpr ServerParameter server_before_id = {"before_id", "The id before which to end."};
 inline constexpr ServerParameter server_key = {
     "idempotency_key", "Only the one that this key of the caller reserved."};
+
+/// How many values were up to each bound of a fixed table, and to the one before it not; the last
+/// count is of those above all bounds.
+inline constexpr size_t server_most_bounds = 16;
+struct ServerHistogram {
+    std::span<const double> bounds;  // ascending
+    uint64_t counts[server_most_bounds + 1] = {};
+    double sum = 0;
+    void add(double value, uint64_t times = 1);
+};
+inline constexpr double server_wait_bounds[] = {0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1,
+                                                2.5,   5,     10,   30,   60,  120,  300, 600};
+inline constexpr double server_token_bounds[] = {0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
+                                                 0.05,   0.1,   0.25,   0.5,   1};
+static_assert(std::size(server_wait_bounds) <= server_most_bounds &&
+              std::size(server_token_bounds) <= server_most_bounds);
+
+/// What metrics tell of times.
+struct ServerFigures {
+    ServerHistogram request_seconds{server_wait_bounds};
+    ServerHistogram queue_seconds{server_wait_bounds};
+    ServerHistogram first_token_seconds{server_wait_bounds};
+    ServerHistogram token_seconds{server_token_bounds};
+    void add(const Outcome& outcome);
+};
+
+/// What was used, and by whom for what: in one hour, by all that ended in it.
+struct ServerUsageCounters {
+    uint64_t requests = 0, failed = 0, cancelled = 0;  // of the requests: failed, cancelled
+    uint64_t input_tokens = 0, cached_tokens = 0, output_tokens = 0, reasoning_tokens = 0;
+};
+struct ServerUsageKey {
+    std::string organisation, key, model, window;
+    auto operator<=>(const ServerUsageKey&) const = default;
+};
+struct ServerUsageHour {
+    std::map<ServerUsageKey, ServerUsageCounters> rows = {};
+    bool changed = false;  // since it was kept
+    bool kept = false;     // has a record
+};
+
+/// What GET /v1/usage and those below it show.
+enum class ServerUsageView : uint8_t { total, breakdown, activity, timeseries };
+inline constexpr std::string_view server_usage_ranges[] = {"24h", "7d", "30d"};
+inline constexpr std::string_view server_usage_names[] = {"model", "window", "key", "day"};
+inline constexpr ServerParameter server_range = {
+    "range", "The hours up to now, or the days; 24h by default.", server_usage_ranges};
+inline constexpr ServerParameter server_by = {
+    "by", "What is told apart; model and window by default.", server_usage_names};
 
 /// A conversation as it is kept.
 struct ServerConversation {
@@ -48251,7 +50013,8 @@ struct ServerLoop : HttpHandler {
         const char* about = nullptr;
         const char* answer = nullptr;  // its schema; null: text
         std::span<const ServerParameter> query = {};
-        bool waits = false;  // for a response to end, which may take too long
+        bool waits = false;          // for a response to end, which may take too long
+        const char* body = nullptr;  // its schema, where the surface does not tell it
     };
 
     struct Route {
@@ -48262,10 +50025,12 @@ struct ServerLoop : HttpHandler {
         bool slashes = false;  // in the argument
         bool open = false;     // needs no key
         bool openai = false;   // in that dialect alone
+        bool batch = false;    // its body is many requests
         const Surface* surface = nullptr;
         std::string allowed() const;  // the header Allow
         bool takes_argument() const { return path.size() > 1 && path.back() == '/'; }
         std::string shown() const;  // the path, as a template
+        const Operation* operation(std::string_view method) const;
     };
     static const Route routes[];
     static std::span<const Route> all_routes();
@@ -48275,9 +50040,9 @@ struct ServerLoop : HttpHandler {
         uint64_t number = 0;  // in http
         std::string request_id, client_request_id, method, path, argument, item, query;
         std::string organisation = "default";
-        std::string key_id = "open";
-        std::string cors_origin;  // to be named in the reply
-        ServerKey* key = nullptr;
+        std::string key_id = "-";  // none was checked
+        std::string cors_origin;   // to be named in the reply
+        ServerKey* key = nullptr;  // only in on_head: keys may be replaced
         const Route* route = nullptr;
         Handle handle = nullptr;
         uint64_t started_ns = 0;
@@ -48289,7 +50054,11 @@ struct ServerLoop : HttpHandler {
         bool begun = false;        // has the head of a stream
         bool follows = false;      // and its events as they come; else all at the end
         std::string ignored = {};  // fields of the body that nothing reads
-        Usage usage = {};          // for the log line
+        // for the log line
+        std::string client = {};
+        std::string error_code = {}, error_message = {};
+        uint64_t ended_ns = 0;  // of one that is logged later
+        Usage usage = {};
         Timings timings = {};
     };
 
@@ -48315,6 +50084,7 @@ struct ServerLoop : HttpHandler {
         bool running = false;
         bool background = false;
         bool resumable = false;  // is taken up again after a crash
+        bool webhook = false;    // its end is to be delivered
         uint32_t attempts = 1;   // as the store has it
         bool begun = true;       // the last of them is this process's
         uint64_t owner = 0;      // the exchange whose end cancels it; 0: none
@@ -48323,7 +50093,9 @@ struct ServerLoop : HttpHandler {
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
         std::unique_ptr<Stream> stream = {};        // when it was asked for as one
         const Surface* surface = nullptr;
-        std::string echo = {};  // of that
+        std::string echo = {};                // of that
+        std::unique_ptr<Exchange> left = {};  // its owner, that is gone: logged with the outcome
+        bool item = false;                    // of a batch
     };
 
     struct Job;
@@ -48357,6 +50129,7 @@ struct ServerLoop : HttpHandler {
         std::string conversation_last = {};
         std::string ignored = {};  // fields of the body
         Json raw = {};
+        Result<std::string> hook = std::string();  // what is kept for its webhook; empty: none
     };
 
     struct FinishJob : Job {
@@ -48367,12 +50140,19 @@ struct ServerLoop : HttpHandler {
         Result<std::string> answer = std::string();
         std::string conversation = {};  // that has not got it yet
         std::vector<Json> said = {};    // items for that: of the request, of the answer
+        ServerUsageKey used = {};       // to be counted under
     };
 
     struct RecoverJob : Job {
-        std::string organisation = {}, id = {};
+        std::string organisation = {}, id = {}, model = {};
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
+    };
+
+    /// A response of before a restart, whose model none here is.
+    struct Orphan {
+        std::string model;
+        uint64_t until_ns = 0;  // then it fails
     };
 
     /// What ends with an answer to its exchange.
@@ -48410,7 +50190,73 @@ struct ServerLoop : HttpHandler {
     struct ConversationStep;
 
     struct RemoveJob : AnswerJob {
-        std::string id = {};
+        std::string organisation = {}, id = {};
+        std::shared_ptr<const std::string> undelivered = {};  // of its webhook, which outlives it
+    };
+
+    /// Many requests, accepted at once. Its items wait in the store, server_batch_part to a record, and
+    /// become responses, a few at a time. `states`: a letter an item, of server_batch_states; what of
+    /// it is not kept yet is told by the responses.
+    struct Batch {
+        std::string id, organisation, shown;  // as a list shows it
+        size_t count = 0;
+        std::string states;      // nothing once all have ended
+        std::vector<bool> gone;  // records of items that are erased: all of them have ended
+        size_t next = 0;         // none before it waits
+        size_t live = 0;         // items in work
+        size_t left = 0;         // that have not ended
+        bool feeding = false;
+        bool cancelled = false;
+        bool changed = false;  // since it was kept
+        int64_t ended_at_ms = 0;
+    };
+
+    struct BatchJob : AnswerJob {
+        std::string organisation = {}, body = {}, key = {}, key_id = {};
+        int keys = 0;
+        bool begun = false, whole = false;
+        BatchBody read = {};
+        std::unordered_set<std::string> names = {};  // custom ids
+        std::string listed = {};                     // the same, a line each
+        std::string part = {};
+        size_t checked = 0, parts = 0;
+        Sha256 hash = {};
+        int64_t created_at = 0;
+        bool replay = false;  // of an idempotency key: only what the client sent is checked
+        Batch batch = {};
+        StoredResponse stored = {};     // what is to be kept before it goes on
+        size_t refused_hooks = 0;       // webhooks that cannot be used
+        std::optional<Error> why = {};  // of the first of those
+    };
+
+    struct BatchShowJob : AnswerJob {
+        std::string organisation = {}, id = {}, states = {}, custom_id = {};
+        Json shown = {};
+        bool cancelled = false;
+    };
+
+    struct FeedJob : Job {
+        std::string organisation = {}, id = {};  // of the batch
+        size_t first = 0, most = 0;              // for an exchange the one that it ends
+        struct Item {
+            StoredResponse response;
+            std::string hook;  // what is kept for its webhook; empty: none
+        };
+        std::vector<Item> items = {};
+    };
+
+    struct BatchSaveJob : Job {
+        std::string id = {}, states = {};
+        bool cancels = false;  // its exchange wants to see it
+    };
+
+    struct UsageJob : AnswerJob {
+        std::string organisation = {}, query = {};
+        ServerUsageView view = ServerUsageView::total;
+    };
+
+    struct UsageSaveJob : Job {
+        int64_t hour = 0;
     };
 
     struct CountJob : AnswerJob {
@@ -48420,13 +50266,19 @@ struct ServerLoop : HttpHandler {
 
     Process process;
     ServerOptions options;  // without secrets
-    std::vector<ServerKey> keys;
+    std::atomic<bool> has_keys = false;
+    std::mutex keys_mutex;  // guards next_keys
+    std::vector<ServerKey> next_keys;
+    std::atomic<bool> keys_changed = false;  // next_keys are to be taken
     std::vector<Responder*> responders;
     std::unique_ptr<Store> own_store;
     Store* store = nullptr;
     std::optional<HttpServer> http;
 
     // of the loop thread
+    std::vector<ServerKey> keys;  // by their hash
+    ServerGuesses guesses;
+    uint64_t unknown_keys = 0, limited_guesses = 0;  // requests refused with 401 or 429; with 429
     std::unordered_map<uint64_t, Exchange> exchanges;
     std::unordered_map<std::string, Live> live;
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
@@ -48434,23 +50286,37 @@ struct ServerLoop : HttpHandler {
     std::deque<std::string> recoverable;                 // waiting, oldest first
     std::unordered_map<std::string, std::deque<JobPtr<ConversationJob>>> conversations;  // changing
     std::vector<JobPtr<FinishJob>> unsaved;  // outcomes that the store had no room for
-    size_t recovering = 0;                   // of them, on their way
+    std::map<std::string, Orphan> orphans;   // by id; queued, too
+    mutable std::mutex batch_mutex;  // guards batches for workers; the loop thread changes them
+    std::unordered_map<std::string, Batch> batches;
+    std::vector<std::string> batch_order;  // oldest first
+    std::vector<Batch*> active_batches;    // that have not ended
+    size_t items_queued = 0;               // of queued: items of batches
+    uint64_t items_ended = 0;              // since the start
+    size_t recovering = 0;                 // of the recoverable, on their way
     size_t finishing = 0;
     size_t queued = 0;        // live and not running
     double finish_gap_s = 1;  // between two ends, on average
     uint64_t last_finish_ns = 0;
     uint64_t next_expiry_ns = 0;
+    uint64_t next_look_ns = 0;     // for what takes a second
+    uint64_t store_failed_ns = 0;  // since when; 0: it takes changes
+    uint64_t next_store_line_ns = 0;
     bool drain_begun = false;
+    bool end_told = false;
     std::vector<JobPtr<Job>> outgoing;  // for the workers, handed over once a turn
     uint8_t random[1024] = {};          // drawn from the system at once
     size_t random_used = sizeof random;
     bool listening = false;                                    // to the Responders
     std::map<std::pair<std::string, int>, uint64_t> answered;  // by route and status
-    double answer_seconds = 0;
+    ServerFigures figures;
+    double started_s = 0;  // unix time
     uint64_t replayed = 0;
+    Webhooks webhooks = Webhooks(this);
 
     std::atomic<bool> stopping = false;
-    std::atomic<uint32_t> storing = 0;  // changes under way
+    std::atomic<uint32_t> storing = 0;        // changes under way
+    std::atomic<uint32_t> store_retry_s = 0;  // to be advised while the store fails; grows
 
     std::mutex jobs_mutex;
     std::condition_variable jobs_waiting;
@@ -48464,6 +50330,9 @@ struct ServerLoop : HttpHandler {
         uint64_t untold = 0;  // of them, since the last line
         uint64_t told_ns = 0;
     };
+    std::mutex usage_mutex;  // guards used_hours: the loop thread changes them, workers read
+    std::map<int64_t, ServerUsageHour> used_hours;
+
     mutable std::mutex trouble_mutex;
     std::map<std::pair<std::string, ErrorKind>, Trouble> troubles;  // by where it came from
 
@@ -48482,6 +50351,7 @@ struct ServerLoop : HttpHandler {
     void on_closed(uint64_t number) override;
     HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                        std::string_view message) override;
+    HttpReply on_full(bool no_descriptor) override;
     void on_sent(uint64_t number) override;
     void on_tick() override;
     void on_drained() override;
@@ -48490,21 +50360,28 @@ struct ServerLoop : HttpHandler {
     std::string make_request_id();
     void find_route(Exchange& exchange);
     Result<void> check_host(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_proxy(const HttpRequest& request, Exchange& exchange);
     Result<void> check_origin(const HttpRequest& request, Exchange& exchange);
     Result<void> check_key(const HttpRequest& request, Exchange& exchange);
+    Result<void> find_key(const HttpRequest& request, Exchange& exchange);
+    void set_keys(std::vector<ServerKey> next);
+    void take_keys();
     Result<void> check_route(const HttpRequest& request, Exchange& exchange);
     Result<void> check_method(const HttpRequest& request, Exchange& exchange);
     Result<void> check_size(const HttpRequest& request, Exchange& exchange);
     Result<void> check_rate(const HttpRequest& request, Exchange& exchange);
     Result<void> check_type(const HttpRequest& request, Exchange& exchange);
 
-    uint64_t body_limit(const HttpRequest& request) const {
-        return request.method == "POST" ? options.max_body_bytes : server_get_body_bytes;
+    uint64_t body_limit(const HttpRequest& request, const Exchange& exchange) const {
+        if (request.method != "POST") return server_get_body_bytes;
+        return options.max_body_bytes *
+               (exchange.route && exchange.route->batch ? server_batch_scale : 1);
     }
 
     // routes
     void get_page(Exchange& exchange, HttpRequest& request);
     void get_health(Exchange& exchange, HttpRequest& request);
+    std::optional<Error> unhealthy() const;
     void get_openapi(Exchange& exchange, HttpRequest& request);
     void openapi_work(AnswerJob& job);
     void get_metrics(Exchange& exchange, HttpRequest& request);
@@ -48526,21 +50403,32 @@ struct ServerLoop : HttpHandler {
     void post_items(Exchange& exchange, HttpRequest& request);
     void get_item(Exchange& exchange, HttpRequest& request);
     void delete_item(Exchange& exchange, HttpRequest& request);
+    template <ServerUsageView view>
+    void get_usage(Exchange& exchange, HttpRequest&) {
+        send_usage(exchange, view);
+    }
+    void post_batch(Exchange& exchange, HttpRequest& request);
+    void get_batches(Exchange& exchange, HttpRequest& request);
+    void get_batch(Exchange& exchange, HttpRequest& request);
+    void get_batch_item(Exchange& exchange, HttpRequest& request);
+    void post_batch_cancel(Exchange& exchange, HttpRequest& request);
 
     // replies
     HttpReply make_reply(const Exchange& exchange, int status, std::string body,
                          HttpHeaders headers = {});
     Json make_error_body(const Exchange& exchange, const Error& error) const;
-    HttpReply make_error_reply(const Exchange& exchange, const Error& error,
-                               HttpHeaders headers = {});
+    HttpReply make_error_reply(Exchange& exchange, const Error& error, HttpHeaders headers = {});
     HttpReply make_preflight_reply(const Exchange& exchange, const HttpRequest& request);
     void answer(Exchange& exchange, HttpReply reply);
     void answer(Exchange& exchange, int status, std::string body);
     void refuse(Exchange& exchange, const Error& error, HttpHeaders headers = {});
     void note_trouble(const char* from, const Error& error, const std::string& of = {});
     Error store_error(const Error& error);
+    void note_error(Exchange& exchange, const Error& error) const;
     void log_exchange(const Exchange& exchange, int status);
-    void log_line(Json line, const Usage& usage, const Timings& timings);
+    void log_left(Live& entry, const Outcome* outcome);
+    void log_line(LogLevel level, Json line, const Usage& usage, const Timings& timings) const;
+    void say(LogLevel level, const Json& line) const;
     uint32_t retry_after_s() const;
     std::string metrics_text() const;
 
@@ -48577,9 +50465,13 @@ struct ServerLoop : HttpHandler {
                                               const std::string& id,
                                               bool conversation = false) const;
     Responder* find_responder(const std::string& model) const;
+    Result<void> put_references(const std::string& organisation, const Surface* surface, Json* body,
+                                Json* sent) const;
     Result<void> add_previous(const std::string& organisation, Request* request, Json body,
                               std::string* last) const;
     Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
+    static Result<std::string> reservation_of(int keys, std::string_view given,
+                                              const std::string& key_id);
     Result<Request> read_request(const Json& body, AnswerForm* form, SurfaceBody* read) const;
     Result<std::unique_ptr<Prepared>> prepare(const std::string& organisation, Json body,
                                               Request* request, Responder** responder,
@@ -48610,6 +50502,51 @@ struct ServerLoop : HttpHandler {
     Result<void> add_conversation(const std::string& organisation, Json* body,
                                   std::string* last) const;
 
+    // batches
+    Result<void> batch_begin(BatchJob& job);
+    Result<void> batch_check(BatchJob& job, size_t place);
+    Result<void> batch_check_params(BatchJob& job, size_t place, Json params);
+    void batch_keep_part(BatchJob& job);
+    void batch_end(BatchJob& job);
+    void batch_work(BatchJob& job);
+    void batch_next(JobPtr<BatchJob> job);
+    void batch_kept(JobPtr<BatchJob> job);
+    void batch_refuse(JobPtr<BatchJob> job);
+    void batch_free(BatchJob& job);
+    void batch_replay(JobPtr<BatchJob> job);
+    Batch* find_batch(const std::string& organisation, const std::string& id);
+    Batch* batch_of_item(const std::string& id, size_t* place);
+    bool item_waits(const std::string& id);  // is no response yet
+    void show_batch(Exchange& exchange, const Batch& batch);
+    void show_batch_work(BatchShowJob& job);
+    void find_item_work(BatchShowJob& job);
+    void find_item_done(JobPtr<BatchShowJob> job);
+    std::optional<StoredResponse> find_waiting(const std::string& organisation,
+                                               const std::string& id) const;
+    void feed_batches();
+    void feed_work(FeedJob& job);
+    void feed_done(JobPtr<FeedJob> job);
+    void item_added(JobPtr<RecoverJob> job);
+    void item_ended(const std::string& id, Status status);
+    bool end_waiting(Exchange& exchange);
+    void set_state(Batch& batch, size_t place, char state);
+    void save_batch(Batch& batch, uint64_t exchange = 0);
+    void batch_saved(JobPtr<BatchSaveJob> job);
+    void look_after_batches();
+    void expire_batches();
+    void recover_kept(std::vector<StoredResponse>* left);
+    bool recover_batch(const StoredResponse& stored);
+
+    // usage
+    void send_usage(Exchange& exchange, ServerUsageView view);
+    void usage_work(UsageJob& job);
+    ServerUsageKey usage_key(const ResponseRecord& record) const;
+    void count_usage(const FinishJob& job);
+    void save_usage();
+    void usage_saved(JobPtr<UsageSaveJob> job);
+    void expire_usage();
+    void recover_usage(const StoredResponse& kept);
+
     // working and finishing
     void take_events(const std::string& id);
     void cancel(const std::string& id, Live& entry);
@@ -48620,6 +50557,8 @@ struct ServerLoop : HttpHandler {
     void finish_done(JobPtr<FinishJob> job);
     void save_unsaved();
     void remove(Exchange& exchange, const std::string& id);
+    void remove_work(RemoveJob& job);
+    void remove_keep(JobPtr<RemoveJob> job);
     void remove_done(JobPtr<RemoveJob> job);
 
     // streams
@@ -48629,8 +50568,12 @@ struct ServerLoop : HttpHandler {
     void join_stream(Exchange& exchange, const std::string& id, Live& entry);
     std::string send_events(Live& entry);
     bool is_behind(const Live& entry);
-    void break_streams(const std::string& id, Live& entry);
     void beat(uint64_t now_ns);
+
+    // stopping
+    Result<void> check_stopping(const HttpRequest& request, Exchange& exchange);
+    void begin_drain();
+    void break_off(const std::string& id, Live& entry);
 
     // after a restart
     void recover_all();
@@ -48638,6 +50581,11 @@ struct ServerLoop : HttpHandler {
     void recover_work(RecoverJob& job);
     void recover_keep(JobPtr<RecoverJob> job);
     void recover_done(JobPtr<RecoverJob> job);
+    void add_orphan(const std::string& id, const std::string& model);
+    void look_after_orphans(uint64_t now_ns);
+    void look_after_store(uint64_t now_ns);
+    size_t waiting() const { return queued - orphans.size() - items_queued; }
+    void leave_queue(Live& entry);
 
     // reading
     void show(Exchange& exchange, const std::string& id, int unfinished_status,
@@ -48650,6 +50598,11 @@ struct ServerLoop : HttpHandler {
 };
 
 bool server_answers_to(const ModelInfo& model, const std::string& id);
+/// The address that a request comes from; "-": none is known. `trust_proxy`: the last one that a
+/// proxy in front names, which is the one that it saw itself.
+std::string server_client(const HttpRequest& request, bool trust_proxy);
+/// A query for the log: values that are words or numbers, of the fields that the route has.
+std::string server_shown_query(std::string_view query, std::span<const ServerParameter> known);
 
 Result<Json> server_parameter(std::string_view query, const ServerParameter& row);
 /// One page of items, newest first unless the query asks otherwise.
@@ -48657,6 +50610,14 @@ Result<std::string> server_page_of(std::vector<Json> items, std::string_view que
 Error server_no_response(std::string_view id);
 Error server_field(const char* code, const char* param, std::string message);
 ResponseRecord server_record(const StoredResponse& stored, Status status);
+std::string server_head(const ResponseRecord& record);
+Result<void> server_hide_token(std::string* body, const Request& request);
+std::pair<int, std::string> server_key_headers(const HttpRequest& request);
+Json server_batch(const std::string& id, size_t count, int64_t created_at, std::string_view label);
+Json server_batch_request();
+Json server_batch_request_status();
+/// With one response, and with none: for their schema.
+std::vector<Json> server_usage_samples(ServerUsageView view);
 std::shared_ptr<const std::string> server_shared(std::string text);
 Error server_not_background();
 /// Of a response in a list.
@@ -48673,6 +50634,7 @@ Json server_deleted_conversation(const std::string& id);
 Json server_openapi(Dialect dialect, bool keyed);
 
 Error server_option(const char* name, std::string message);
+Hash256 server_secret_hash(std::string_view secret);
 Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given);
 Result<void> server_check_options(const ServerOptions& options);
 HttpOptions server_http_options(const ServerOptions& options);
@@ -48773,7 +50735,7 @@ Result<Hash256> server_secret_hash(const ApiKey& key) {
     };
     if (key.secret_sha256.empty()) {
         if (key.secret.size() >= server_min_secret && server_visible(key.secret))
-            return sha256(key.secret);
+            return server_secret_hash(key.secret);
         return refused("the secret must be 16 visible ASCII characters or more");
     }
     auto bytes = hex_decode(key.secret_sha256);
@@ -48794,8 +50756,11 @@ Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
             return server_option("keys", "key '" + key.id + "': the organisation is empty");
         auto hash = server_secret_hash(key);
         if (!hash) return hash.error();
-        keys.push_back({*hash, key.id, key.organisation, key.requests_per_minute,
-                        static_cast<double>(key.requests_per_minute), monotonic_ns()});
+        keys.push_back({*hash,
+                        key.id,
+                        key.organisation,
+                        key.requests_per_minute,
+                        {static_cast<double>(key.requests_per_minute), monotonic_ns()}});
     }
     const auto before = [](const ServerKey& a, const ServerKey& b) {
         return a.hash.view() < b.hash.view();
@@ -48809,7 +50774,10 @@ Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
 }
 
 Result<void> server_check_options(const ServerOptions& options) {
-    auto address = NetAddress::parse(options.host, options.port);
+    NetAddress local;
+    local.local = true;
+    auto address = unix_path(options.host) ? Result<NetAddress>(local)
+                                           : NetAddress::parse(options.host, options.port);
     if (!address) return server_option("host", address.error().message);
     if (options.require_keys && options.keys.empty())
         return server_option("keys", "there is no key, and require_keys asks for one");
@@ -48817,7 +50785,7 @@ Result<void> server_check_options(const ServerOptions& options) {
         const char* field;
         uint64_t value;
     } not_zero[] = {
-        {"sync_timeout_ms", options.sync_timeout_ms},
+        {"keep_alive_ms", options.keep_alive_ms},
         {"max_body_bytes", options.max_body_bytes},
         {"max_inflight_body_bytes", options.max_inflight_body_bytes},
     };
@@ -48848,6 +50816,7 @@ HttpOptions server_http_options(const ServerOptions& options) {
     http.limits.max_body_bytes = options.max_body_bytes;
     http.max_connections = options.max_connections;
     http.max_inflight_body_bytes = options.max_inflight_body_bytes;
+    http.idle_timeout_ms = options.keep_alive_ms;
     http.drain_timeout_ms = options.drain_timeout_ms;
     http.tick_ms = server_tick_ms;
     return http;
@@ -48862,11 +50831,21 @@ inline namespace v1 {
 
 // ---- The file of keys ------------------------------------------------------------------------
 
-Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
+Result<void> hash_secret(ApiKey* key) {
+    auto hash = detail::server_secret_hash(*key);
+    if (!hash) return hash.error();
+    detail::wipe(key->secret.data(), key->secret.size());
+    key->secret.clear();
+    key->secret_sha256 = hash->hex();
+    return {};
+}
+
+Result<std::vector<ApiKey>> read_key_file(const std::string& path, bool insecure) {
     using namespace detail;
-    auto text = read_file(path, server_max_key_file);
+    auto text = read_file(path, server_max_key_file, !insecure);
     if (!text) return text.error();
     std::vector<ApiKey> keys;
+    std::unordered_set<std::string> ids;
     std::string_view rest = *text;
     if (rest.substr(0, 3) == "\xEF\xBB\xBF") rest.remove_prefix(3);  // an editor's mark of UTF-8
     for (int line = 1; !rest.empty(); ++line) {
@@ -48895,8 +50874,7 @@ Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
                 return refused("requests-per-minute is not a positive number");
             key.requests_per_minute = static_cast<uint32_t>(number->as_int());
         }
-        for (const ApiKey& other : keys)
-            if (other.id == key.id) return refused("this id stands in an earlier line, too");
+        if (!ids.insert(key.id).second) return refused("this id stands in an earlier line, too");
         keys.push_back(std::move(key));
     }
     if (keys.empty())  // not "anybody may come in": a file of keys was asked for
@@ -48904,6 +50882,276 @@ Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
     return keys;
 }
 
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/keys.cpp -----------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Keys and guesses ----------------------------------------------------------------------------
+
+/// Leaves nothing of the secret behind.
+Hash256 server_secret_hash(std::string_view secret) {
+    Sha256 state;
+    state.update(secret);
+    const Hash256 hash = state.finish();
+    wipe(&state, sizeof state);
+    return hash;
+}
+
+uint32_t ServerBucket::take(uint32_t per_minute, uint64_t now_ns) {
+    const double a_second = per_minute / 60.0;
+    const double passed_s = static_cast<double>(now_ns - filled_ns) / 1e9;
+    left = std::min<double>(per_minute, left + passed_s * a_second);
+    filled_ns = now_ns;
+    if (left < 1) return static_cast<uint32_t>(std::ceil((1 - left) / a_second));
+    --left;
+    return 0;
+}
+
+uint32_t ServerGuesses::take(std::string_view client, uint64_t now_ns) {
+    const auto parsed = NetAddress::parse(client, 0);
+    if (parsed) {
+        const bool v4 = std::count(parsed->ip, parsed->ip + 8, 0) == 8;  // or it is ::1
+        client = {reinterpret_cast<const char*>(parsed->ip), v4 ? 16u : 8u};
+    }
+    const Hash256 digest = sha256(client);
+    uint64_t address = 0;
+    std::memcpy(&address, digest.bytes, sizeof address);
+    if (entries_.empty()) entries_.resize(rows * places);
+    Entry* const row = &entries_[address % rows * places];
+    Entry* found = row;
+    for (Entry* one = row; one < row + places; ++one) {
+        if (one->address == address) {
+            found = one;
+            break;
+        }
+        if (one->bucket.filled_ns < found->bucket.filled_ns) found = one;
+    }
+    if (found->address != address) *found = {address, {server_guesses_a_minute, now_ns}};
+    return found->bucket.take(server_guesses_a_minute, now_ns);
+}
+
+/// From any thread. The loop takes them up before it looks at another request.
+void ServerLoop::set_keys(std::vector<ServerKey> next) {
+    {
+        const std::lock_guard<std::mutex> lock(keys_mutex);
+        next_keys = std::move(next);
+        keys_changed = true;
+    }
+    http->post([](void* self) { static_cast<ServerLoop*>(self)->take_keys(); }, this);
+}
+
+/// Both lists are in the order of their hashes.
+void ServerLoop::take_keys() {
+    if (!keys_changed) return;
+    std::vector<ServerKey> before = std::move(keys);
+    {
+        const std::lock_guard<std::mutex> lock(keys_mutex);
+        keys = std::exchange(next_keys, {});
+        keys_changed = false;
+    }
+    size_t stay = 0;
+    auto old = before.begin();
+    for (ServerKey& key : keys) {
+        while (old != before.end() && old->hash.view() < key.hash.view()) ++old;
+        if (old == before.end() || old->hash != key.hash) continue;
+        ++stay;
+        if (old->per_minute) key.bucket = old->bucket;
+    }
+    has_keys = true;
+    say(LogLevel::info,
+        Json::object().set("message",
+                           format("keys: %zu, %zu of them new; %zu are gone", keys.size(),
+                                  keys.size() - stay, before.size() - stay)));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/log.cpp ------------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- What a log line says ----------------------------------------------------------------------
+
+namespace {
+
+/// "192.0.2.1", "192.0.2.1:80", "[2001:db8::1]:80", "2001:db8::1".
+std::string hop_address(std::string_view hop) {
+    if (hop.starts_with('"')) hop = hop.substr(1, hop.rfind('"') - 1);
+    const bool v4 = std::count(hop.begin(), hop.end(), ':') == 1;
+    const size_t bracket = hop.starts_with('[') ? hop.find(']') : hop.npos;
+    if (bracket != hop.npos) hop = hop.substr(1, bracket - 1);
+    else if (v4) hop = hop.substr(0, hop.find(':'));
+    const auto address = NetAddress::parse(hop, 0);
+    return address ? address->host() : std::string();
+}
+
+/// Of an element of Forwarded (RFC 7239), "for=192.0.2.1;proto=http".
+std::string_view forwarded_for(std::string_view element) {
+    while (!element.empty()) {
+        const std::string_view pair = element.substr(0, element.find(';'));
+        element.remove_prefix(std::min(pair.size() + 1, element.size()));
+        if (ascii_lower(trim(pair).substr(0, 4)) == "for=") return trim(pair).substr(4);
+    }
+    return {};
+}
+
+/// What a value of a query looks like that cannot be a secret.
+bool tells_no_secret(const ServerParameter& row, std::string_view value) {
+    const auto digit = [](char c) { return c >= '0' && c <= '9'; };
+    if (std::find(row.words.begin(), row.words.end(), value) != row.words.end()) return true;
+    return row.most > 0 && value.size() < 20 && std::all_of(value.begin(), value.end(), digit);
+}
+
+/// Without what stands in double quotes, which the body may have held.
+std::string without_quoted(std::string_view text) {
+    std::string shown;
+    for (size_t i = 0; i < text.size() && shown.size() < server_shown_bytes; ++i) {
+        shown += text[i];
+        if (text[i] != '"') continue;
+        while (++i < text.size() && text[i] != '"')
+            if (text[i] == '\\') ++i;
+        shown += "...\"";
+    }
+    return shown;
+}
+
+/// As it is, or in quotes where it would look like more than one value.
+std::string shown_value(const Json& value) {
+    const auto plain = [](char c) { return c > ' ' && c != '"' && c != 0x7f; };
+    if (!value.is_string()) return value.write();
+    const std::string_view text = value.as_string();
+    return std::all_of(text.begin(), text.end(), plain) ? std::string(text) : value.write();
+}
+
+}  // namespace
+
+std::string server_client(const HttpRequest& request, bool trust_proxy) {
+    std::string_view listed,
+        forwarded;  // the last field of each: what is before it came from outside
+    for (const auto& [field, value] : request.headers) {
+        if (!trust_proxy) break;
+        const std::string name = ascii_lower(field);
+        if (name == "x-forwarded-for") listed = value;
+        if (name == "forwarded") forwarded = value;
+    }
+    const auto last = [](std::string_view list) { return trim(list.substr(list.rfind(',') + 1)); };
+    for (const std::string_view hop : {last(listed), forwarded_for(last(forwarded))})
+        if (std::string address = hop.empty() ? "" : hop_address(hop); !address.empty())
+            return address;
+    return request.peer.port ? request.peer.host() : "-";
+}
+
+std::string server_shown_query(std::string_view query, std::span<const ServerParameter> known) {
+    std::string shown;
+    while (!query.empty() && shown.size() < server_shown_bytes) {
+        const std::string_view one = query.substr(0, query.find('&'));
+        query.remove_prefix(std::min(one.size() + 1, query.size()));
+        const size_t equals = std::min(one.find('='), one.size());
+        const std::string_view name = one.substr(0, equals);
+        const std::string_view value = one.substr(std::min(equals + 1, one.size()));
+        const auto row = std::find_if(known.begin(), known.end(),
+                                      [&](const ServerParameter& it) { return it.name == name; });
+        shown += shown.empty() ? '?' : '&';
+        if (row != known.end()) shown.append(name).append("=");
+        shown += row != known.end() && tells_no_secret(*row, value) ? value : "...";
+    }
+    return shown;
+}
+
+/// As the client reads it, but for what the body may have held.
+void ServerLoop::note_error(Exchange& exchange, const Error& error) const {
+    const Json shown = render_error(error);
+    exchange.error_code = shown["error"]["code"].as_string();
+    exchange.error_message = without_quoted(shown["error"]["message"].as_string());
+}
+
+void ServerLoop::log_exchange(const Exchange& exchange, int status) {
+    const uint64_t ended_ns = exchange.ended_ns ? exchange.ended_ns : monotonic_ns();
+    const double ms = static_cast<double>(ended_ns - exchange.started_ns) / 1e6;
+    const Route* route = exchange.route;
+    const bool nested = route && !(route->suffix.empty() && route->middle.empty());
+    const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
+    const std::string tail = !nested                 ? ""
+                             : route->middle.empty() ? std::string(route->suffix)
+                                                     : std::string(route->middle) + "*";
+    ++answered[{name + tail, status}];
+    figures.request_seconds.add(ms / 1e3);
+    const bool probe = exchange.handle == &ServerLoop::get_health ||
+                       exchange.handle == &ServerLoop::get_metrics;
+    if (!options.log.write || (probe && !options.log_health)) return;
+    const std::span<const ServerParameter> known = route ? route->get.query
+                                                         : std::span<const ServerParameter>();
+    Json line = Json::object();
+    line.set("id", exchange.request_id);
+    if (!exchange.client_request_id.empty())
+        line.set("client_request_id", exchange.client_request_id);
+    line.set("method", printable(exchange.method))
+        .set("path", printable(exchange.path) + server_shown_query(exchange.query, known))
+        .set("status", status)
+        .set("ms", server_rounded(ms));
+    if (!exchange.error_message.empty())
+        line.set("code", exchange.error_code).set("error", exchange.error_message);
+    line.set("client", exchange.client)
+        .set("key", exchange.key_id)
+        .set("response", printable(exchange.response_id))
+        .set("replayed", exchange.replayed);
+    if (!exchange.ignored.empty()) {
+        std::string names = exchange.ignored;
+        std::erase(names, ' ');
+        line.set("ignored", names);
+    }
+    log_line(status >= 500 ? LogLevel::warning : LogLevel::info, std::move(line), exchange.usage,
+             exchange.timings);
+}
+
+/// The line of a client that was the only one to wait and is gone, with what it cost all the same.
+void ServerLoop::log_left(Live& entry, const Outcome* outcome) {
+    const std::unique_ptr<Exchange> left = std::move(entry.left);
+    if (!left) return;
+    if (outcome) {
+        left->usage = outcome->usage;
+        left->timings = outcome->timings;
+    }
+    log_exchange(*left, server_client_left);
+}
+
+void ServerLoop::log_line(LogLevel level, Json line, const Usage& usage,
+                          const Timings& timings) const {
+    line.set("input_tokens", usage.input_tokens)
+        .set("output_tokens", usage.output_tokens)
+        .set("queue_ms", server_rounded(static_cast<double>(timings.queue_us) / 1e3))
+        .set("prefill_ms", server_rounded(static_cast<double>(timings.prefill_us) / 1e3))
+        .set("decode_ms", server_rounded(static_cast<double>(timings.decode_us) / 1e3));
+    say(level, line);
+}
+
+/// From any thread.
+void ServerLoop::say(LogLevel level, const Json& line) const {
+    if (!options.log.write) return;
+    if (options.log_json) return options.log(level, line.write());
+    if (const Json* message = line.find("message")) return options.log(level, message->as_string());
+    std::string text;
+    for (const JsonMember& member : line.members()) {
+        text.append(text.empty() ? "" : " ").append(member.key).append("=");
+        text += shown_value(member.value);
+    }
+    options.log(level, text);
+}
+
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_SERVER
@@ -48934,12 +51182,16 @@ ServerLoop::~ServerLoop() {
         park(id, entry);
         while (entry.responder && entry.responder->poll(id)) {}
     }
+    look_after_batches();
+    save_usage();
     while (const uint32_t left = storing) wait_on(&storing, left, 1'000'000);
 }
 
 Result<void> ServerLoop::start() {
     auto opened = HttpServer::open(server_http_options(options), this);
+    if (!opened && unix_path(options.host)) opened.error().param = "host";
     if (!opened) return opened.error();
+    started_s = static_cast<double>(unix_time_ms()) / 1e3;
     http.emplace(std::move(*opened));
     for (Thread& worker : workers) {
         const auto run = [](void* self) { static_cast<ServerLoop*>(self)->run_jobs(); };
@@ -48949,6 +51201,16 @@ Result<void> ServerLoop::start() {
     }
     for (Responder* responder : responders) responder->on_ready({&ServerLoop::on_ready, this});
     listening = true;
+    webhooks.open();
+    std::string names;
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            names.append(names.empty() ? "" : ",").append(model.id);
+    say(LogLevel::info, Json::object()
+                            .set("event", "start")
+                            .set("version", VALAR_VERSION)
+                            .set("address", http->address().text())
+                            .set("models", names));
     recover_all();
     hand_over();
     return {};
@@ -48957,11 +51219,9 @@ Result<void> ServerLoop::start() {
 bool ServerLoop::step(int timeout_ms) {
     const bool more = http->step(timeout_ms);
     hand_over();
-    if (stopping && !std::exchange(drain_begun, true)) {
-        for (auto& [id, entry] : live)  // nobody is there to be answered
-            if (entry.waiters.empty()) park(id, entry);
-        save_unsaved();  // the last try
-    }
+    if (stopping && !std::exchange(drain_begun, true)) begin_drain();
+    if (!more && finishing == 0 && !std::exchange(end_told, true))
+        say(LogLevel::info, Json::object().set("event", "stop").set("unfinished", live.size()));
     if (more || finishing == 0) return more;
     // http is done and takes no more calls; what has an outcome is still to be kept.
     const uint32_t seen = inbox_count;
@@ -49011,8 +51271,9 @@ Json ServerLoop::make_error_body(const Exchange& exchange, const Error& error) c
     return body;
 }
 
-HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
+HttpReply ServerLoop::make_error_reply(Exchange& exchange, const Error& error,
                                        HttpHeaders headers) {
+    note_error(exchange, error);
     const int status = http_status(error);
     if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
     if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
@@ -49049,6 +51310,7 @@ void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
 
 void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
     if (exchange.begun) {
+        note_error(exchange, error);
         const auto events = event_writer(exchange.form, {}, options.dialect);
         if (exchange.form.after != UINT64_MAX) events->skip_to(exchange.form.after);
         events->fail(error);
@@ -49059,7 +51321,7 @@ void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders head
 
 /// When the queue will have moved on, as far as the pace of late tells.
 uint32_t ServerLoop::retry_after_s() const {
-    const double wait_s = std::ceil(static_cast<double>(queued) * finish_gap_s);
+    const double wait_s = std::ceil(static_cast<double>(waiting()) * finish_gap_s);
     return static_cast<uint32_t>(std::clamp<double>(wait_s, 1, server_max_retry_s));
 }
 
@@ -49081,7 +51343,7 @@ void ServerLoop::note_trouble(const char* from, const Error& error, const std::s
     }
     for (char& c : line)
         if (static_cast<unsigned char>(c) < ' ' || c == 0x7f) c = ' ';  // one line
-    options.log(LogLevel::error, line);
+    say(LogLevel::error, Json::object().set("message", line));
 }
 
 /// What a client is told of the store's error: the rules of the contract as they are, else only
@@ -49089,55 +51351,12 @@ void ServerLoop::note_trouble(const char* from, const Error& error, const std::s
 Error ServerLoop::store_error(const Error& error) {
     if (error.kind == ErrorKind::conflict || error.kind == ErrorKind::not_found) return error;
     note_trouble("store", error);
-    if (error.kind == ErrorKind::overloaded || error.kind == ErrorKind::out_of_memory)
-        return server_overloaded("the store has no room for another response now");
+    if (error.kind == ErrorKind::overloaded || error.kind == ErrorKind::out_of_memory) {
+        Error full = server_overloaded("the store has no room for another response now");
+        full.retry_after_s = store_retry_s;
+        return full;
+    }
     return make_error(ErrorKind::internal, "the store failed", "internal_error");
-}
-
-void ServerLoop::log_exchange(const Exchange& exchange, int status) {
-    const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
-    const Route* route = exchange.route;
-    const bool nested = route && !(route->suffix.empty() && route->middle.empty());
-    const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
-    const std::string tail = !nested                 ? ""
-                             : route->middle.empty() ? std::string(route->suffix)
-                                                     : std::string(route->middle) + "*";
-    ++answered[{name + tail, status}];
-    answer_seconds += ms / 1e3;
-    if (!options.log.write) return;
-    Json line = Json::object();
-    line.set("id", exchange.request_id);
-    if (!exchange.client_request_id.empty())
-        line.set("client_request_id", exchange.client_request_id);
-    line.set("method", printable(exchange.method))
-        .set("path", printable(exchange.path))
-        .set("status", status)
-        .set("ms", server_rounded(ms))
-        .set("key", exchange.key_id)
-        .set("response", printable(exchange.response_id))
-        .set("replayed", exchange.replayed);
-    if (!exchange.ignored.empty()) {
-        std::string names = exchange.ignored;
-        std::erase(names, ' ');
-        line.set("ignored", names);
-    }
-    log_line(std::move(line), exchange.usage, exchange.timings);
-}
-
-void ServerLoop::log_line(Json line, const Usage& usage, const Timings& timings) {
-    line.set("input_tokens", usage.input_tokens)
-        .set("output_tokens", usage.output_tokens)
-        .set("queue_ms", server_rounded(static_cast<double>(timings.queue_us) / 1e3))
-        .set("prefill_ms", server_rounded(static_cast<double>(timings.prefill_us) / 1e3))
-        .set("decode_ms", server_rounded(static_cast<double>(timings.decode_us) / 1e3));
-    if (options.log_json) return options.log(LogLevel::info, line.write());
-    std::string text;
-    for (const JsonMember& member : line.members()) {
-        text.append(text.empty() ? "" : " ").append(member.key).append("=");
-        text += member.value.is_string() ? std::string(member.value.as_string())
-                                         : member.value.write();
-    }
-    options.log(LogLevel::info, text);
 }
 
 /// Framing that failed, and limits of http: the request may not even have a path.
@@ -49146,9 +51365,9 @@ HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::stri
     Exchange exchange;
     exchange.request_id = make_request_id();
     exchange.method = request.method.empty() ? "-" : request.method;
-    exchange.path = request.target.empty() ? "-"
-                                           : request.target.substr(0, request.target.find('?'));
-    exchange.key_id = "-";
+    const bool path = !request.target.empty() && request.target[0] == '/';
+    exchange.path = path ? request.target.substr(0, request.target.find('?')) : "-";
+    exchange.client = server_client(request, options.trust_proxy);
     exchange.started_ns = monotonic_ns();
     const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
     HttpReply reply = make_error_reply(exchange,
@@ -49156,6 +51375,19 @@ HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::stri
     reply.status = status;
     log_exchange(exchange, status);
     return reply;
+}
+
+/// A line for each of them could be many.
+HttpReply ServerLoop::on_full(bool no_descriptor) {
+    Exchange exchange;
+    exchange.request_id = make_request_id();
+    ++answered[{"none", 503}];
+    const std::string why = no_descriptor
+                                ? "the process has no descriptor left (ulimit -n)"
+                                : format("%u are open (max_connections)", options.max_connections);
+    note_trouble("connection", make_error(no_descriptor ? ErrorKind::io : ErrorKind::overloaded,
+                                          "refused with 503: " + why));
+    return make_error_reply(exchange, server_overloaded("too many connections"));
 }
 
 // ---- Exchanges -------------------------------------------------------------------------------
@@ -49179,8 +51411,13 @@ ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
 void ServerLoop::on_closed(uint64_t number) {
     const auto found = exchanges.find(number);
     if (found == exchanges.end()) return;
-    log_exchange(found->second, server_client_left);
     const auto entry = live.find(found->second.response_id);
+    const bool tells = entry != live.end() && entry->second.owner == number &&
+                       (entry->second.state == Live::State::working ||
+                        entry->second.state == Live::State::finishing);
+    found->second.ended_ns = monotonic_ns();
+    if (tells) entry->second.left = std::make_unique<Exchange>(found->second);
+    else log_exchange(found->second, server_client_left);
     if (entry != live.end()) {
         std::erase(entry->second.waiters, number);
         if (entry->second.owner == number) cancel(entry->first, entry->second);
@@ -49214,19 +51451,21 @@ void ServerLoop::on_tick() {
     }
     beat(now_ns);
     recover_some();
+    feed_batches();
     save_unsaved();
+    webhooks.on_tick(now_ns);
+    if (now_ns >= next_look_ns) {
+        next_look_ns = now_ns + server_look_ns;
+        look_after_orphans(now_ns);
+        look_after_store(now_ns);
+        look_after_batches();
+        save_usage();
+    }
     if (now_ns < next_expiry_ns) return;
     next_expiry_ns = now_ns + server_expire_every_ns;
     store->expire(store->now_ms());
-}
-
-Json server_health() { return Json::object().set("status", "ok"); }
-
-void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
-    for (const Responder* responder : responders)
-        for (const ModelInfo& model : responder->models())
-            if (model.ready) return answer(exchange, 200, server_health().write());
-    refuse(exchange, server_overloaded("no model is ready yet"));
+    expire_batches();
+    expire_usage();
 }
 
 Json server_model_json(const ModelInfo& model, const std::string& id) {
@@ -49373,12 +51612,14 @@ Result<Server> Server::open(std::span<Responder* const> responders, const Server
         std::find(responders.begin(), responders.end(), nullptr) != responders.end())
         return detail::server_option("responders", "a server needs a Responder");
     if (auto checked = detail::server_check_options(options); !checked) return checked.error();
-    auto keys = detail::server_keys(options.keys);
+    auto keys = detail::server_keys(options.keys);  // which keeps no secret
     if (!keys) return keys.error();
     auto state = std::make_unique<State>();
     state->options = options;
+    for (ApiKey& key : state->options.keys) detail::wipe(key.secret.data(), key.secret.size());
     state->options.keys.clear();
     state->keys = std::move(*keys);
+    state->has_keys = !state->keys.empty();
     state->store = options.store;
     if (!state->store) {
 #ifdef VALAR_NO_STORE
@@ -49405,9 +51646,18 @@ Result<void> Server::run() {
 
 Result<bool> Server::step(int timeout_ms) { return state_->step(timeout_ms); }
 
-void Server::stop() {
+void Server::stop(bool at_once) {
     state_->stopping = true;
-    state_->http->stop();
+    state_->http->stop(at_once);
+}
+
+Result<void> Server::replace_keys(const std::vector<ApiKey>& keys) {
+    if (keys.empty())
+        return detail::server_option("keys", "there is no key, and a server does not become open");
+    auto next = detail::server_keys(keys);
+    if (!next) return next.error();
+    state_->set_keys(std::move(*next));
+    return {};
 }
 
 uint16_t Server::port() const { return state_->http->port(); }
@@ -49425,8 +51675,13 @@ namespace detail {
 
 namespace {
 
+constexpr ServerParameter health_query[] = {server_live};
 constexpr ServerParameter list_query[] = {server_limit, server_after, server_key};
 constexpr ServerParameter items_query[] = {server_limit, server_after, server_order};
+constexpr ServerParameter batches_query[] = {server_batches_limit, server_after_id,
+                                             server_before_id};
+constexpr ServerParameter usage_query[] = {server_range};
+constexpr ServerParameter breakdown_query[] = {server_range, server_by};
 constexpr ServerParameter stream_query[] = {server_stream, server_starting_after};
 
 }  // namespace
@@ -49437,7 +51692,7 @@ const ServerLoop::Route ServerLoop::routes[] = {
      .get = {&Loop::get_page, "getPage", "A page to talk with the models.", {}},
      .open = true},
     {.path = "/health",
-     .get = {&Loop::get_health, "getHealth", "Whether a model is ready.", "Health"},
+     .get = {&Loop::get_health, "getHealth", "Whether a model is ready.", "Health", health_query},
      .open = true},
     {.path = "/openapi.json",
      .get = {&Loop::get_openapi, "getOpenapi", "This document.", "Document"},
@@ -49504,6 +51759,39 @@ const ServerLoop::Route ServerLoop::routes[] = {
              items_query}},
     {.path = "/v1/responses/compact",
      .post = {&Loop::post_compact, "compactResponse", "Is not supported.", "Error"}},
+    {.path = "/v1/batches",
+     .get = {&Loop::get_batches, "listBatches", "The batches that are kept, newest first.",
+             "BatchList", batches_query},
+     .post = {&Loop::post_batch,
+              "createBatch",
+              "Accepts many requests at once.",
+              "Batch",
+              {},
+              false,
+              "BatchRequest"},
+     .batch = true},
+    {.path = "/v1/batches/",
+     .get = {&Loop::get_batch, "getBatch", "A batch, and how far each request is.", "BatchStatus"}},
+    {.path = "/v1/batches/",
+     .suffix = "/cancel",
+     .post = {&Loop::post_batch_cancel, "cancelBatch", "Ends what of it has not ended.",
+              "BatchStatus"}},
+    {.path = "/v1/batches/",
+     .middle = "/",
+     .get = {&Loop::get_batch_item, "getBatchItem", "The response to a request of it.",
+             "Response"}},
+    {.path = "/v1/usage",
+     .get = {&Loop::get_usage<ServerUsageView::total>, "getUsage", "What was used, in all.",
+             "Usage", usage_query}},
+    {.path = "/v1/usage/breakdown",
+     .get = {&Loop::get_usage<ServerUsageView::breakdown>, "getUsageBreakdown",
+             "The same by model and window, or by one thing.", "UsageBreakdown", breakdown_query}},
+    {.path = "/v1/usage/activity",
+     .get = {&Loop::get_usage<ServerUsageView::activity>, "getUsageActivity",
+             "Which API keys used which models, and when last.", "UsageActivity", usage_query}},
+    {.path = "/v1/usage/activity/timeseries",
+     .get = {&Loop::get_usage<ServerUsageView::timeseries>, "getUsageTimeseries",
+             "What was used in each hour, or day.", "UsageTimeseries", usage_query}},
     {.path = "/v1/conversations",
      .post = {&Loop::post_conversation, "createConversation", "Begins a conversation.",
               "Conversation"},
@@ -49533,6 +51821,13 @@ std::string ServerLoop::Route::shown() const {
         {path, takes_argument() ? "{id}" : "", suffix, middle, middle.empty() ? "" : "{item}"});
 }
 
+const ServerLoop::Operation* ServerLoop::Route::operation(std::string_view method) const {
+    for (const auto& [name, known] : {std::pair("GET", &get), std::pair("HEAD", &get),
+                                      std::pair("POST", &post), std::pair("DELETE", &remove)})
+        if (method == name && known->handle) return known;
+    return nullptr;
+}
+
 std::string ServerLoop::Route::allowed() const {
     std::string all;
     for (const auto& [operation, methods] :
@@ -49555,6 +51850,8 @@ void ServerLoop::find_route(Exchange& exchange) {
         auto argument = server_unescape(path.substr(route.path.size(), end - route.path.size()));
         if (!argument || argument->empty() == takes) continue;
         if (route.openai && options.dialect != Dialect::openai) continue;
+        if (route.middle == "/" && exchange.route && !route.operation(exchange.method))
+            continue;  // an item may be called as what is done with a batch
         std::string item;
         if (const size_t at = argument->find(route.middle); !route.middle.empty()) {
             if (at == argument->npos) continue;
@@ -49593,6 +51890,7 @@ std::string client_request_id(const HttpRequest& request) {
 }  // namespace
 
 std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
+    take_keys();
     Exchange exchange;
     exchange.number = request.exchange;
     exchange.request_id = make_request_id();
@@ -49602,10 +51900,12 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     exchange.path = request.target.substr(0, mark);
     exchange.query = request.target.substr(std::min(mark + 1, request.target.size()));
     exchange.started_ns = monotonic_ns();
+    exchange.client = server_client(request, options.trust_proxy);
     find_route(exchange);
 
     using Check = Result<void> (ServerLoop::*)(const HttpRequest&, Exchange&);
-    static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_origin};
+    static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_proxy,
+                                      &ServerLoop::check_origin, &ServerLoop::check_stopping};
     static constexpr Check then[] = {&ServerLoop::check_key,    &ServerLoop::check_route,
                                      &ServerLoop::check_method, &ServerLoop::check_size,
                                      &ServerLoop::check_rate,   &ServerLoop::check_type};
@@ -49622,9 +51922,10 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     if (!reply) reply = run(then);
     if (reply) {
         log_exchange(exchange, reply->status);
+        reply->close |= stopping;
         return reply;
     }
-    request.max_body = body_limit(request);
+    request.max_body = body_limit(request, exchange);
     exchanges.emplace(request.exchange, std::move(exchange));
     return std::nullopt;
 }
@@ -49647,6 +51948,21 @@ Result<void> ServerLoop::check_host(const HttpRequest& request, Exchange&) {
                       "host_not_allowed");
 }
 
+/// Without keys a proxy on this machine would let everybody in: Host and address are its own. One
+/// that adds none of these fields cannot be told from a client.
+Result<void> ServerLoop::check_proxy(const HttpRequest& request, Exchange&) {
+    if (!keys.empty() || options.trust_proxy) return {};
+    for (const char* name : {"Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"})
+        if (request.header(name))
+            return make_error(
+                ErrorKind::permission,
+                std::string("the header ") + name +
+                    " says that a proxy passed this on, and the server has no keys: "
+                    "give it some, or trust_proxy (--trust-proxy) to let everybody in",
+                "proxy_not_allowed");
+    return {};
+}
+
 Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exchange) {
     const std::string* given = request.header("Origin");
     if (!given) return {};
@@ -49664,8 +51980,24 @@ Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exch
                       "origin_not_allowed");
 }
 
+/// A known key is never held up by what others of its address did: behind a proxy all share one.
 Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchange) {
+    if (keys.empty()) exchange.key_id = "open";
     if (keys.empty() || (exchange.route && exchange.route->open)) return {};
+    auto found = find_key(request, exchange);
+    if (found) return {};
+    ++unknown_keys;
+    const uint32_t wait_s = guesses.take(exchange.client, monotonic_ns());
+    if (wait_s == 0) return found;
+    ++limited_guesses;
+    Error error = make_error(ErrorKind::rate_limit,
+                             "too many requests without a known API key from this address",
+                             "rate_limit_exceeded");
+    error.retry_after_s = wait_s;
+    return error;
+}
+
+Result<void> ServerLoop::find_key(const HttpRequest& request, Exchange& exchange) {
     std::string_view secret;
     bool given = false;
     const auto refused = [](const char* message) {
@@ -49687,7 +52019,7 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
     }
     if (!given)
         return refused("no API key; send the header 'Authorization: Bearer <key>' or 'x-api-key'");
-    const Hash256 hash = sha256(secret);
+    const Hash256 hash = server_secret_hash(secret);
     const auto found = std::lower_bound(
         keys.begin(), keys.end(), hash,
         [](const ServerKey& key, const Hash256& to) { return key.hash.view() < to.view(); });
@@ -49706,10 +52038,7 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const Route& route = *exchange.route;
-    for (const auto& [method, handle] :
-         {std::pair("GET", route.get.handle), std::pair("HEAD", route.get.handle),
-          std::pair("POST", route.post.handle), std::pair("DELETE", route.remove.handle)})
-        if (request.method == method) exchange.handle = handle;
+    if (const Operation* known = route.operation(request.method)) exchange.handle = known->handle;
     if (exchange.handle) return {};
     return make_error(
         ErrorKind::invalid_request,
@@ -49717,8 +52046,8 @@ Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exch
         "method_not_allowed");
 }
 
-Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
-    const uint64_t limit = body_limit(request);
+Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange& exchange) {
+    const uint64_t limit = body_limit(request, exchange);
     const uint64_t size = request.content_length.value_or(0);
     if (size <= limit) return {};
     return make_error(ErrorKind::too_large,
@@ -49727,24 +52056,16 @@ Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
                       "request_too_large");
 }
 
-/// A bucket that holds a minute's requests and fills evenly.
 Result<void> ServerLoop::check_rate(const HttpRequest&, Exchange& exchange) {
-    ServerKey* key = exchange.key;
+    ServerKey* key = std::exchange(exchange.key, nullptr);
     if (!key || key->per_minute == 0) return {};
-    const uint64_t now_ns = monotonic_ns();
-    const double a_second = key->per_minute / 60.0;
-    const double passed_s = static_cast<double>(now_ns - key->filled_ns) / 1e9;
-    key->tokens = std::min<double>(key->per_minute, key->tokens + passed_s * a_second);
-    key->filled_ns = now_ns;
-    if (key->tokens >= 1) {
-        --key->tokens;
-        return {};
-    }
+    const uint32_t wait_s = key->bucket.take(key->per_minute, monotonic_ns());
+    if (wait_s == 0) return {};
     Error error = make_error(
         ErrorKind::rate_limit,
         "this key may make " + std::to_string(key->per_minute) + " requests a minute",
         "rate_limit_exceeded");
-    error.retry_after_s = static_cast<uint32_t>(std::ceil((1 - key->tokens) / a_second));
+    error.retry_after_s = wait_s;
     return error;
 }
 
@@ -49781,13 +52102,12 @@ namespace detail {
 
 // ---- Accepting a request -----------------------------------------------------------------------
 
-namespace {
-
 /// What acceptance resolved; a response is rendered from it and the request.
 std::string server_head(const ResponseRecord& record) {
     Json head = Json::object();
     if (!record.conversation_last.empty()) head.set("conversation_last", record.conversation_last);
     if (!record.raw.is_null()) head.set("raw", record.raw);
+    if (!record.key.empty()) head.set("key", record.key);
     return head.set("message_id", record.message_id)
         .set("created_at", record.created_at)
         .set("model", record.model)
@@ -49796,8 +52116,6 @@ std::string server_head(const ResponseRecord& record) {
         .set("seed", record.seed)
         .write();
 }
-
-}  // namespace
 
 std::shared_ptr<const std::string> server_shared(std::string text) {
     return std::make_shared<const std::string>(std::move(text));
@@ -49818,9 +52136,22 @@ ResponseRecord server_record(const StoredResponse& stored, Status status) {
     record.seed = known["seed"].as_int();
     record.conversation_last = known["conversation_last"].as_string();
     record.raw = known["raw"];
+    record.key = known["key"].as_string();
     record.status = status;
     if (request) record.request = std::move(*request);
     return record;
+}
+
+/// The token of a webhook is kept beside, until it was used for the last time.
+Result<void> server_hide_token(std::string* body, const Request& request) {
+    const auto is_token = [](const auto& pair) { return pair.first == kWebhookTokenKey; };
+    if (std::none_of(request.metadata.begin(), request.metadata.end(), is_token)) return {};
+    auto shown = Json::parse(*body);
+    if (!shown) return shown.error();
+    if (Json* metadata = shown->find("metadata")) metadata->set(kWebhookTokenKey, "***");
+    wipe(body->data(), body->size());
+    *body = shown->write();
+    return {};
 }
 
 Error server_field(const char* code, const char* param, std::string message) {
@@ -49831,6 +52162,16 @@ Error server_no_response(std::string_view id) {
     return server_not_found("no response '" + printable(id) + "'");
 }
 
+/// How many idempotency keys came, and the last of them.
+std::pair<int, std::string> server_key_headers(const HttpRequest& request) {
+    std::pair<int, std::string> found;
+    for (const char* name : {"Idempotency-Key", "Anthropic-Idempotency-Key"}) {
+        found.first += static_cast<int>(request.count(name));
+        if (const std::string* key = request.header(name)) found.second = *key;
+    }
+    return found;
+}
+
 void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     auto job = std::make_unique<AcceptJob>();
     job->exchange = exchange.number;
@@ -49838,10 +52179,7 @@ void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     job->form.surface = exchange.route->surface;
     job->stored.organisation = exchange.organisation;
     job->body = std::move(request.body);
-    for (const char* name : {"Idempotency-Key", "Anthropic-Idempotency-Key"}) {
-        job->keys += static_cast<int>(request.count(name));
-        if (const std::string* key = request.header(name)) job->key = *key;
-    }
+    std::tie(job->keys, job->key) = server_key_headers(request);
     exchange.keyed = job->keys > 0;
     send_job<&ServerLoop::accept_work, &ServerLoop::accept_admit>(std::move(job));
 }
@@ -49851,7 +52189,8 @@ std::optional<StoredResponse> ServerLoop::find_record(const std::string& organis
                                                       const std::string& id,
                                                       bool conversation) const {
     auto stored = store->find(organisation, id);
-    if (stored && stored->conversation != conversation) stored.reset();
+    if (stored && (stored->kept || stored->conversation != conversation)) stored.reset();
+    if (!stored && !conversation) stored = find_waiting(organisation, id);
     return stored;
 }
 
@@ -49862,15 +52201,14 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
     return nullptr;
 }
 
-/// The idempotency key and the fingerprint of the request under it: a hash of the route and of the
-/// body in canonical form, so that a body that is only written differently is the same request.
-Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Request& request) const {
-    if (job.keys == 0) return {};
-    const std::string_view key = trim(job.key);
+/// The name that an idempotency key reserves.
+Result<std::string> ServerLoop::reservation_of(int keys, std::string_view given,
+                                               const std::string& key_id) {
+    const std::string_view key = trim(given);
     const auto refused = [](const char* code, const char* message) {
         return server_field(code, "Idempotency-Key", message);
     };
-    if (job.keys > 1) return refused("invalid_value", "more than one header of an idempotency key");
+    if (keys > 1) return refused("invalid_value", "more than one header of an idempotency key");
     if (key.empty())
         return refused("string_below_min_length", "the header Idempotency-Key is empty");
     if (utf8_count(key) > server_max_key_length)
@@ -49879,14 +52217,56 @@ Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Reques
     const auto control = [](char c) { return static_cast<unsigned char>(c) < ' ' || c == 0x7f; };
     if (std::any_of(key.begin(), key.end(), control))
         return refused("invalid_value", "the header Idempotency-Key holds control characters");
+    return key_id + "\n" + std::string(key);
+}
+
+/// The idempotency key and the fingerprint of the request under it: a hash of the route and of the
+/// body in canonical form, so that a body that is only written differently is the same request.
+Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Request& request) const {
+    if (job.keys == 0) return {};
+    auto reservation = reservation_of(job.keys, job.key, job.key_id);
+    if (!reservation) return reservation.error();
     if (!request.store)
         return server_field("unsupported_value", "store",
                             "'store' must be true with an idempotency key, but false was received");
-    job.stored.reservation = job.key_id + "\n" + std::string(key);
+    job.stored.reservation = std::move(*reservation);
     const std::string_view route = job.form.surface ? job.form.surface->path : "/v1/responses";
     const Hash256 hash = sha256(join({route, "\n", body.canonical()}));
     job.stored.fingerprint = hash.view();
     return {};
+}
+
+/// Items of earlier answers take the places where the input of /v1/responses refers to them (openai
+/// dialect), and empty messages those of items that nobody knows, which the error then names. `sent`:
+/// the body as it was, where it is changed.
+Result<void> ServerLoop::put_references(const std::string& organisation, const Surface* surface,
+                                        Json* body, Json* sent) const {
+    if (surface || options.dialect != Dialect::openai) return {};
+    Json* input = body->find("input");
+    uint64_t bytes = 0;  // of the answers that were read
+    Result<void> put;
+    for (size_t i = 0; input && input->is_array() && i < input->size(); ++i) {
+        Json& item = input->items()[i];
+        if (item["type"].as_string() != "item_reference") continue;
+        if (sent->is_null()) *sent = *body;
+        const std::string id(item["id"].as_string());
+        item = Json::object().set("role", "assistant").set("content", "");
+        const auto record = find_record(organisation, item_response_id(id));
+        auto object = record && record->terminal &&
+                              (bytes += record->object->size()) <= options.max_body_bytes
+                          ? Json::parse(*record->object)
+                          : Result<Json>(Json());
+        if (!object) return object.error();
+        const auto& output = (*object)["output"].items();
+        const auto found = std::find_if(output.begin(), output.end(), [&](const Json& one) {
+            return one["id"].as_string() == id;
+        });
+        if (found != output.end()) item = *found;
+        else if (put)
+            put = server_field("invalid_value", ("input[" + std::to_string(i) + "].id").c_str(),
+                               "no item '" + printable(id) + "' in a finished response");
+    }
+    return put;
 }
 
 /// Puts the turns of a chain of earlier responses, or of a conversation, before the request's own
@@ -49970,16 +52350,21 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     auto body = Json::parse(job.body);
     if (!body) return body.error();
     SurfaceBody read;
+    Json sent;
+    auto put = put_references(job.stored.organisation, job.form.surface, &*body, &sent);
     auto request = read_request(*body, &job.form, &read);
     if (!request) return request.error();
     job.ignored = ignored_fields(*body, job.form.surface, options.dialect);
-    if (auto keyed = read_key(job, *body, *request); !keyed) return keyed.error();
+    if (auto keyed = read_key(job, sent.is_null() ? *body : sent, *request); !keyed)
+        return keyed.error();
     StoredResponse& stored = job.stored;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
         job.replay = store->reserved(stored.organisation, stored.reservation);
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
     }
+    if (!put) return put.error();
     const Surface* surface = job.form.surface;
+    if (!sent.is_null()) job.body = body->write();
     auto prepared = prepare(stored.organisation, std::move(*body), &*request, &job.responder,
                             &job.conversation_last);
     if (!prepared)
@@ -50014,8 +52399,10 @@ void ServerLoop::count_work(CountJob& job) {
     const auto prepared = [&]() -> Result<std::unique_ptr<Prepared>> {
         auto body = Json::parse(job.body);
         if (!body) return body.error();
+        Json sent;
+        auto put = put_references(job.organisation, surface, &*body, &sent);
         auto request = read_request(*body, &job.form, &read);
-        if (!request) return request.error();
+        if (!request || !put) return request ? put.error() : request.error();
         auto made = prepare(job.organisation, std::move(*body), &*request, &responder, &last);
         if (!made && surface) return surface_error(*surface, made.error(), read);
         return made;
@@ -50028,12 +52415,12 @@ void ServerLoop::count_work(CountJob& job) {
 }
 
 Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
-    auto id = draw_id("resp_"), message_id = draw_id("msg_");
-    if (!id || !message_id) return id ? message_id.error() : id.error();
+    auto id = draw_id("resp_");
+    if (!id) return id.error();
     StoredResponse& stored = job.stored;
     ResponseRecord record;
     record.id = *id;
-    record.message_id = *message_id;
+    record.message_id = first_message_id(*id);
     record.model = request.model;
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
@@ -50041,12 +52428,15 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     record.input_tokens = job.prepared->input_tokens;
     record.conversation_last = job.conversation_last;
     record.raw = job.raw;
+    record.key = job.key_id;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
     stored.background = request.background;
     stored.attempts = 1;
     stored.head = server_shared(server_head(record));
+    job.hook = webhooks.read(request);
+    if (auto hidden = server_hide_token(&job.body, request); !hidden) return hidden;
     stored.request = server_shared(std::move(job.body));
     job.store = request.store;
     if (stored.background && !job.form.stream) job.text = render_live(stored, false);
@@ -50069,7 +52459,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     exchange->ignored = std::move(job->ignored);
     if (!job->error && job->prepared && stopping)
         job->error = server_overloaded("the server is shutting down");
-    if (!job->error && job->prepared && queued >= options.max_queued)
+    if (!job->error && job->prepared && waiting() >= options.max_queued)
         job->error = server_overloaded("too many requests are waiting");
     if (job->error) return refuse(*exchange, *job->error);
     exchange->form = job->form;
@@ -50091,6 +52481,9 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
         return accept_done(std::move(job));
     }
     StoredResponse record = stored;
+    if (!job->hook) webhooks.refuse("response", record.id, job->hook.error());
+    entry.webhook = job->hook && !job->hook->empty();
+    if (entry.webhook) webhooks.keep(record.id, record.organisation, std::move(*job->hook));
     store->add(std::move(record), on_kept<&ServerLoop::accept_done>(std::move(job)));
 }
 
@@ -50107,6 +52500,7 @@ void ServerLoop::accept_done(JobPtr<AcceptJob> job) {
         return begin(std::move(job));
     }
     --queued;
+    if (entry.webhook) webhooks.forget(id, entry.organisation);
     live.erase(id);
     if (!exchange) return;
     if (job->error->kind == ErrorKind::conflict) {
@@ -50145,6 +52539,7 @@ void ServerLoop::take_back(const std::string& id, uint64_t exchange_number, Erro
     const bool kept = !entry.unkept;
     const std::string organisation = entry.organisation;
     --queued;
+    if (entry.webhook) webhooks.forget(id, organisation);
     live.erase(id);
     for (const uint64_t number : waiters)
         if (Exchange* exchange = find_exchange(number)) refuse(*exchange, error);
@@ -50155,6 +52550,7 @@ void ServerLoop::take_back(const std::string& id, uint64_t exchange_number, Erro
 void ServerLoop::wait_for(Exchange& exchange, const std::string& id, Live& entry) {
     exchange.response_id = id;
     entry.waiters.push_back(exchange.number);
+    if (options.sync_timeout_ms == 0) return;
     const uint64_t wait_ns = uint64_t{options.sync_timeout_ms} * 1'000'000;
     timeouts.emplace_back(monotonic_ns() + wait_ns, exchange.number);
 }
@@ -50187,10 +52583,16 @@ void ServerLoop::take_events(const std::string& id) {
         if (entry.stream) entry.stream->events->add(*event);
         if (entry.stream && entry.stream->events->size() >= server_most_unsent / 4)
             send_events(entry);
-        if (!outcome && !std::exchange(entry.running, true)) --queued;
+        if (!outcome) leave_queue(entry);
     }
     if (entry.stream) send_events(entry);
     if (outcome) finish(id, entry, std::move(outcome));
+}
+
+void ServerLoop::leave_queue(Live& entry) {
+    if (std::exchange(entry.running, true)) return;
+    --queued;
+    items_queued -= entry.item;
 }
 
 void ServerLoop::cancel(const std::string& id, Live& entry) {
@@ -50203,6 +52605,7 @@ void ServerLoop::cancel(const std::string& id, Live& entry) {
 
 /// Leaves it unfinished for the next start, as if it had not been begun this time.
 void ServerLoop::park(const std::string& id, Live& entry) {
+    log_left(entry, nullptr);
     if (entry.state >= Live::State::finishing) return;
     if (std::exchange(entry.state, Live::State::parked) == Live::State::working)
         entry.responder->cancel(id);
@@ -50212,14 +52615,15 @@ void ServerLoop::park(const std::string& id, Live& entry) {
 
 void ServerLoop::finish(const std::string& id, Live& entry,
                         std::shared_ptr<const Outcome> outcome) {
-    if (!entry.running) --queued;
-    entry.running = true;
+    leave_queue(entry);
     entry.state = Live::State::finishing;
+    orphans.erase(id);
     ++finishing;
     const uint64_t now_ns = monotonic_ns();
     const double gap_s = static_cast<double>(now_ns - last_finish_ns) / 1e9;
     if (std::exchange(last_finish_ns, now_ns) != 0)
         finish_gap_s += (std::min(gap_s, 60.0) - finish_gap_s) / 8;
+    figures.add(*outcome);
     auto job = std::make_unique<FinishJob>();
     job->stored.id = id;
     job->stored.organisation = entry.organisation;
@@ -50250,6 +52654,7 @@ void ServerLoop::finish_work(FinishJob& job) {
         job.stored, is_terminal(outcome.status) ? outcome.status : Status::failed);
     record.completed_at = std::max(unix_time_ms() / 1000, record.created_at);
     record.outcome = job.outcome;
+    job.used = usage_key(record);
     job.stored.object = server_shared(render_response(record, options.dialect).write());
     job.stored.head = job.stored.request = nullptr;
     if (const Json& in = record.request["conversation"];
@@ -50278,13 +52683,20 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
     const bool again = !drain_begun && job->error && job->error->kind == ErrorKind::overloaded;
     const auto stream = std::move(found->second.stream);
+    const Outcome& outcome = *job->outcome;
+    const bool told = found->second.left || !waiters.empty() || job->error;
+    log_left(found->second, &outcome);
+    if (!job->error) count_usage(*job);
     if (!again) {
+        const bool item = found->second.item, hooked = found->second.webhook;
         live.erase(found);
         --finishing;
+        if (hooked && !job->error) webhooks.begin(job->stored.id, job->stored.organisation);
+        if (item) item_ended(job->stored.id, outcome.status);
     }
-    const Outcome& outcome = *job->outcome;
-    if (waiters.empty() && !job->error && options.log.write)  // no exchange's line will tell
+    if (!told && options.log.write)  // no exchange's line will tell
         log_line(
+            LogLevel::info,
             Json::object()
                 .set("response", job->stored.id)
                 .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
@@ -50324,18 +52736,30 @@ void ServerLoop::delete_response(Exchange& exchange, HttpRequest&) {
     const auto found = live.find(exchange.argument);
     if (found == live.end() || found->second.organisation != exchange.organisation ||
         found->second.unkept)
-        return remove(exchange, exchange.argument);
+        return end_waiting(exchange) ? void() : remove(exchange, exchange.argument);
     exchange.removes = true;
     wait_for(exchange, found->first, found->second);
     cancel(found->first, found->second);
 }
 
 void ServerLoop::remove(Exchange& exchange, const std::string& id) {
-    if (id.starts_with("conv_")) return refuse(exchange, server_no_response(id));
+    if (!id.starts_with("resp_")) return refuse(exchange, server_no_response(id));
     auto job = std::make_unique<RemoveJob>();
     job->exchange = exchange.number;
     job->id = id;
-    store->erase(exchange.organisation, id, true, store->now_ms(),
+    job->organisation = exchange.organisation;
+    if (!webhooks.has(id)) return remove_keep(std::move(job));
+    send_job<&ServerLoop::remove_work, &ServerLoop::remove_keep>(std::move(job));
+}
+
+void ServerLoop::remove_work(RemoveJob& job) {
+    if (auto stored = store->find(job.organisation, job.id)) job.undelivered = stored->object;
+}
+
+void ServerLoop::remove_keep(JobPtr<RemoveJob> job) {
+    const std::string id = job->id, organisation = job->organisation;
+    if (job->undelivered) webhooks.keep_body(id, std::move(job->undelivered));
+    store->erase(organisation, id, true, store->now_ms(),
                  on_kept<&ServerLoop::remove_done>(std::move(job)));
 }
 
@@ -50364,7 +52788,7 @@ Error server_not_background() {
 void ServerLoop::post_cancel(Exchange& exchange, HttpRequest&) {
     const auto found = live.find(exchange.argument);
     if (found == live.end() || found->second.organisation != exchange.organisation)
-        return show(exchange, exchange.argument, 200, true);
+        return end_waiting(exchange) ? void() : show(exchange, exchange.argument, 200, true);
     if (!found->second.background) return refuse(exchange, server_not_background());
     wait_for(exchange, found->first, found->second);
     cancel(found->first, found->second);
@@ -50378,6 +52802,7 @@ void ServerLoop::recover_all() {
     sort_items(left, [](const StoredResponse& a, const StoredResponse& b) {
         return a.created_at_ms < b.created_at_ms;
     });
+    recover_kept(&left);
     for (const StoredResponse& stored : left) {
         if (stored.conversation) {  // was not told of yet
             store->erase(stored.organisation, stored.id, false, store->now_ms(),
@@ -50392,6 +52817,13 @@ void ServerLoop::recover_all() {
         entry.attempts = stored.attempts;
         entry.begun = false;
         ++queued;
+        size_t place = 0;
+        if (Batch* batch = batch_of_item(stored.id, &place)) {
+            entry.item = true;
+            ++items_queued;
+            ++batch->live;
+            batch->states[place] = server_batch_begun;
+        }
         if (entry.resumable && entry.attempts < server_max_attempts) {
             recoverable.push_back(stored.id);
             continue;
@@ -50402,7 +52834,14 @@ void ServerLoop::recover_all() {
                                     "server_restarted");
         finish(stored.id, entry, std::move(outcome));
     }
+    webhooks.recover_all();
+    if (!live.empty())
+        say(LogLevel::info, Json::object()
+                                .set("event", "unfinished")
+                                .set("resumed", recoverable.size())
+                                .set("failed", live.size() - recoverable.size()));
     recover_some();
+    feed_batches();
 }
 
 void ServerLoop::recover_some() {
@@ -50427,6 +52866,7 @@ void ServerLoop::recover_work(RecoverJob& job) {
         record.request.set("seed", record.seed);
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
+        job.model = request->model;
         if (!record.raw.is_null()) request->raw = raw_prompt(record.raw);
         auto prepared = this->prepare(record.organisation, std::move(record.request), &*request,
                                       &job.responder, &record.conversation_last);
@@ -50458,6 +52898,11 @@ void ServerLoop::recover_done(JobPtr<RecoverJob> job) {
         auto submitted = entry.responder->submit(std::move(job->prepared), id);
         if (submitted) {
             entry.state = Live::State::working;
+            if (entry.attempts > 1 || !entry.item)
+                say(LogLevel::info, Json::object()
+                                        .set("event", "resumed")
+                                        .set("response", id)
+                                        .set("attempt", entry.attempts));
             take_events(id);
             return recover_some();
         }
@@ -50467,11 +52912,46 @@ void ServerLoop::recover_done(JobPtr<RecoverJob> job) {
         recoverable.push_back(id);
         return;
     }
+    if (job->error->code == "model_not_found" && options.orphans_ms > 0) {
+        add_orphan(id, job->model);
+        return recover_some();
+    }
     auto outcome = std::make_shared<Outcome>();
     outcome->status = Status::failed;
     outcome->error = std::move(job->error);
     finish(id, entry, std::move(outcome));
     recover_some();
+}
+
+/// It keeps its place: who started the server without an alias may do so again, with it.
+void ServerLoop::add_orphan(const std::string& id, const std::string& model) {
+    const bool first = std::none_of(orphans.begin(), orphans.end(),
+                                    [&](const auto& one) { return one.second.model == model; });
+    orphans[id] = {model, monotonic_ns() + uint64_t{options.orphans_ms} * 1'000'000};
+    if (!first) return;
+    const std::string shown = printable(std::string_view(model).substr(0, server_shown_bytes));
+    std::string message = "responses of before the restart wait for the model '" + shown +
+                          format("', which none here answers to; after %u s they fail",
+                                 unsigned{options.orphans_ms / 1000});
+    say(LogLevel::warning, Json::object().set("message", std::move(message)));
+}
+
+void ServerLoop::look_after_orphans(uint64_t now_ns) {
+    for (auto next = orphans.begin(); next != orphans.end();) {
+        const auto at = next++;
+        const bool known = find_responder(at->second.model) != nullptr;
+        if (!known && now_ns < at->second.until_ns) continue;
+        const auto [id, orphan] = *at;
+        orphans.erase(at);
+        if (known) {
+            recoverable.push_back(id);
+            continue;
+        }
+        auto outcome = std::make_shared<Outcome>();
+        outcome->status = Status::failed;
+        outcome->error = server_no_model(orphan.model);
+        finish(id, live.find(id)->second, std::move(outcome));
+    }
 }
 
 }  // namespace detail
@@ -50512,10 +52992,15 @@ std::string events_after(const std::string& log, uint64_t after) {
 
 /// The query of GET: whether it wants events, and from where.
 Result<void> ServerLoop::read_stream(Exchange& exchange) const {
-    if (options.dialect != Dialect::openai) return {};
     auto stream = server_parameter(exchange.query, server_stream),
          after = server_parameter(exchange.query, server_starting_after);
     if (!stream || !after) return stream ? after.error() : stream.error();
+    if (options.dialect != Dialect::openai) {
+        if (stream->as_string() != "true" && after->is_null()) return {};
+        return server_field("unsupported_value", stream->is_null() ? "starting_after" : "stream",
+                            "'stream=true' is not supported in this dialect: start the server with "
+                            "--dialect openai (in C++ ServerOptions::dialect), or poll without it");
+    }
     exchange.form.stream = stream->as_string() == "true";
     if (after->is_null()) return {};
     if (!exchange.form.stream)
@@ -50585,36 +53070,6 @@ void ServerLoop::on_sent(uint64_t number) {
     }
 }
 
-/// A stream never just stops: it ends with the event that says why.
-void ServerLoop::break_streams(const std::string& id, Live& entry) {
-    const bool goes_on = entry.resumable && !entry.unkept;
-    const Error error = server_overloaded(
-        goes_on ? "the server is shutting down; when it is back the response goes on: "
-                  "GET /v1/responses/" +
-                      id
-                : std::string("the server is shutting down"));
-    std::string last;  // for those who have what came before
-    if (const auto stream = std::move(entry.stream)) {
-        stream->events->fail(error, goes_on);
-        last = stream->events->take();
-    }
-    bool owned = false;
-    for (const uint64_t number : std::exchange(entry.waiters, {})) {
-        Exchange* exchange = find_exchange(number);
-        if (!exchange) continue;
-        owned |= exchange->begun && number == entry.owner;
-        if (!exchange->begun) entry.waiters.push_back(number);
-        else if (exchange->follows) end_stream(*exchange, last);
-        else refuse(*exchange, error);
-    }
-    if (owned) cancel(id, entry);
-}
-
-/// stop() gave what runs its time, and that is over.
-void ServerLoop::on_drained() {
-    for (auto& [id, entry] : live) break_streams(id, entry);
-}
-
 /// Those who get nothing for a while are told that somebody is there.
 void ServerLoop::beat(uint64_t now_ns) {
     while (!beats.empty() && beats.front().first <= now_ns) {
@@ -50626,6 +53081,449 @@ void ServerLoop::beat(uint64_t now_ns) {
         http->append(number, std::string(surface ? surface->beat : stream_beat));
         beats.emplace_back(now_ns + server_beat_ns, number);
     }
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/life.cpp -----------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Starting and stopping -----------------------------------------------------------------------
+
+Json server_health() { return Json::object().set("status", "ok"); }
+
+namespace {
+
+Error server_stopping(const std::string& more = {}) {
+    return server_overloaded("the server is shutting down" + more);
+}
+
+}  // namespace
+
+/// Why a balancer should ask others; nothing: all is well.
+std::optional<Error> ServerLoop::unhealthy() const {
+    if (stopping) return server_stopping();
+    if (store_failed_ns != 0) {
+        Error error = make_error(ErrorKind::overloaded, "the store takes no new responses",
+                                 "store");
+        error.retry_after_s = store_retry_s;
+        return error;
+    }
+    float progress = 0;  // of the model that is farthest
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models()) {
+            if (model.ready) return std::nullopt;
+            progress = std::max(progress, model.progress);
+        }
+    return make_error(ErrorKind::overloaded,
+                      format("the model is loading: %d %%", static_cast<int>(progress * 100)),
+                      "loading");
+}
+
+void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
+    auto alive = exchange.query == "live" ? Result<Json>("true")
+                                          : server_parameter(exchange.query, server_live);
+    if (!alive) return refuse(exchange, alive.error());
+    const auto why = alive->as_string() == "true" ? std::nullopt : unhealthy();
+    if (why) return refuse(exchange, *why);
+    answer(exchange, 200, server_health().write());
+}
+
+/// While it refuses new records the log says so once a minute, with the cause, and clients are told
+/// to come ever later. It is asked again and again, since nobody else may come to find it mended.
+void ServerLoop::look_after_store(uint64_t now_ns) {
+    const auto failure = store->failure();
+    if (!failure && store_failed_ns == 0) return;
+    if (!failure) {
+        store_failed_ns = next_store_line_ns = 0;
+        store_retry_s = 0;
+        return say(LogLevel::warning,
+                   Json::object().set("message", "store: it takes new responses again"));
+    }
+    if (store_failed_ns == 0) store_failed_ns = now_ns;
+    const uint64_t since_s = (now_ns - store_failed_ns) / 1'000'000'000;
+    store_retry_s = static_cast<uint32_t>(std::clamp<uint64_t>(since_s, 1, server_max_retry_s));
+    store->expire(store->now_ms());
+    if (now_ns < next_store_line_ns) return;
+    next_store_line_ns = now_ns + server_trouble_ns;
+    note_trouble("store", *failure);
+}
+
+/// Of a connection that was there before stop().
+Result<void> ServerLoop::check_stopping(const HttpRequest&, Exchange& exchange) {
+    const Route* route = exchange.route;
+    if (!stopping || (route && route->get.handle == &ServerLoop::get_health)) return {};
+    return server_stopping();
+}
+
+/// What nobody waits for and no model works on need not begin any more.
+void ServerLoop::begin_drain() {
+    for (auto& [id, entry] : live)
+        if (entry.waiters.empty() && !entry.running && entry.state != Live::State::reserving)
+            park(id, entry);
+    save_unsaved();  // the last try
+    say(LogLevel::info, Json::object().set("event", "drain").set("unfinished", live.size()));
+}
+
+/// Who waits is told why it ends: a stream by its last event. What can go on is left for the next
+/// start.
+void ServerLoop::break_off(const std::string& id, Live& entry) {
+    const bool goes_on = entry.resumable && !entry.unkept;
+    const Error error = server_stopping(
+        goes_on ? "; when it is back the response goes on: GET /v1/responses/" + id : "");
+    std::string last;  // for those who have what came before
+    if (const auto stream = std::move(entry.stream)) {
+        stream->events->fail(error, goes_on);
+        last = stream->events->take();
+    }
+    bool owned = false;
+    for (const uint64_t number : std::exchange(entry.waiters, {})) {
+        Exchange* exchange = find_exchange(number);
+        if (!exchange) continue;
+        owned |= number == entry.owner;
+        if (exchange->follows) end_stream(*exchange, last);
+        else refuse(*exchange, error, {{"X-Valar-Response-Id", id}});
+    }
+    if (owned) cancel(id, entry);
+    else park(id, entry);
+}
+
+/// stop() gave what runs its time, and that is over.
+void ServerLoop::on_drained() {
+    for (auto& [id, entry] : live) break_off(id, entry);
+    std::vector<uint64_t> left;  // those whose answer is still being made
+    for (const auto& [number, exchange] : exchanges) left.push_back(number);
+    for (const uint64_t number : left)
+        if (Exchange* exchange = find_exchange(number)) refuse(*exchange, server_stopping());
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/webhooks.cpp -------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Webhooks ----------------------------------------------------------------------------------
+
+/// Reads the record of a delivery: where it goes, or all that a try needs.
+struct Webhooks::HookJob : ServerLoop::Job {
+    std::string id = {}, organisation = {};
+    bool tries = false;
+    std::string host = {};
+    HttpErrand errand = {};
+};
+
+namespace {
+
+std::string hook_record(const std::string& id) { return join({webhook_prefix, id}); }
+
+std::string metadata_of(const Request& request, std::string_view key) {
+    for (const auto& [name, value] : request.metadata)
+        if (name == key) return value;
+    return {};
+}
+
+/// Between 80 and 120 % of it.
+uint64_t with_jitter_ns(uint32_t seconds) {
+    uint32_t drawn = 0;
+    (void)random_bytes(&drawn, sizeof drawn).ok();
+    const double part = static_cast<double>(drawn) / UINT32_MAX * 2 - 1;
+    return static_cast<uint64_t>(seconds * 1e9 * (1 + webhook_jitter * part));
+}
+
+}  // namespace
+
+HttpHeaders webhook_headers(const std::string& response_id, std::string_view token,
+                            std::string_view body, int64_t unix_s) {
+    HttpHeaders fields = {{"Content-Type", "application/json"},
+                          {"User-Agent", "valar/" VALAR_VERSION},
+                          {"X-Valar-Response-Id", response_id}};
+    if (token.empty()) return fields;
+    const std::string time = std::to_string(unix_s);
+    fields.emplace_back("Authorization", "Bearer " + std::string(token));
+    const Hash256 ours = hmac_sha256(token, join({time, ".", response_id, ".", body}));
+    fields.emplace_back("X-Valar-Signature", "t=" + time + ",v1=" + ours.hex());
+    constexpr std::string_view standard = "whsec_";  // github.com/standard-webhooks
+    if (!token.starts_with(standard)) return fields;
+    const auto secret = base64_decode(token.substr(standard.size()));
+    if (!secret) return fields;
+    const Hash256 theirs = hmac_sha256(*secret, join({response_id, ".", time, ".", body}));
+    fields.emplace_back("webhook-id", response_id);
+    fields.emplace_back("webhook-timestamp", time);
+    fields.emplace_back("webhook-signature", "v1," + base64_encode(theirs.view()));
+    return fields;
+}
+
+/// Without keys, on this machine alone: so are those that it calls.
+void Webhooks::open() {
+    using Reach = NetPolicy::Reach;
+    const NetAddress address = loop_->http->address();
+    const bool local = !loop_->has_keys && address.is_loopback();
+    switch (loop_->options.webhook_policy) {
+        case WebhookPolicy::automatic:
+            policy_.reach = local ? Reach::loopback : Reach::global;
+            break;
+        case WebhookPolicy::any: policy_.reach = Reach::any; break;
+        case WebhookPolicy::loopback_only: policy_.reach = Reach::loopback; break;
+        case WebhookPolicy::public_only: policy_.reach = Reach::global; break;
+    }
+    policy_.own = address;
+}
+
+// What is kept.
+
+Result<std::string> Webhooks::read(const Request& request) const {
+    const auto is_hook = [](const auto& pair) { return pair.first == kWebhookKey; };
+    if (std::none_of(request.metadata.begin(), request.metadata.end(), is_hook))
+        return std::string();
+    const std::string text = metadata_of(request, kWebhookKey);
+    auto url = http_parse_url(text);
+    if (!url) return url.error();
+    if (url->tls)
+        return make_error(ErrorKind::invalid_request,
+                          "the URL is https, which this server has not");
+    if (url->address && !policy_.allows(*url->address))
+        return make_error(ErrorKind::permission, "blocked: " + url->host);
+    return Json::object()
+        .set("url", text)
+        .set("token", metadata_of(request, kWebhookTokenKey))
+        .write();
+}
+
+void Webhooks::refuse(const char* what, const std::string& id, const Error& why, size_t count) {
+    ended_["refused"] += count;
+    loop_->say(LogLevel::warning, Json::object()
+                                      .set("event", "webhook")
+                                      .set(what, id)
+                                      .set("outcome", "refused")
+                                      .set("count", count)
+                                      .set("error", why.message));
+}
+
+/// Before the record of the response, so that none is without.
+void Webhooks::keep(const std::string& id, const std::string& organisation, std::string head) {
+    StoredResponse record;
+    record.id = hook_record(id);
+    record.organisation = organisation;
+    record.kept = true;
+    record.created_at_ms = loop_->store->now_ms();
+    record.head = server_shared(std::move(head));
+    loop_->store->add(std::move(record), loop_->when_kept(std::make_unique<ServerLoop::Job>()));
+}
+
+void Webhooks::forget(const std::string& id, const std::string& organisation) {
+    loop_->store->erase(organisation, hook_record(id), false, loop_->store->now_ms(),
+                        loop_->when_kept(std::make_unique<ServerLoop::Job>()));
+}
+
+void Webhooks::keep_body(const std::string& id, std::shared_ptr<const std::string> body) {
+    if (!has(id)) return;
+    loop_->store->finish(hook_record(id), std::move(body), loop_->store->now_ms(),
+                         loop_->when_kept(std::make_unique<ServerLoop::Job>()));
+}
+
+void Webhooks::recover(StoredResponse stored) { left_.push_back(std::move(stored)); }
+
+/// Those whose response goes on wait for its end; the others go on themselves. One of a batch's item
+/// that is no response yet gets another record with that.
+void Webhooks::recover_all() {
+    for (const StoredResponse& stored : std::exchange(left_, {})) {
+        const std::string id = stored.id.substr(webhook_prefix.size());
+        const auto live = loop_->live.find(id);
+        if (live != loop_->live.end()) live->second.webhook = true;
+        else if (loop_->item_waits(id)) forget(id, stored.organisation);
+        else begin_again(id, stored);
+    }
+}
+
+// When it is sent.
+
+void Webhooks::begin(const std::string& id, const std::string& organisation) {
+    if (counts_[organisation] >= webhook_most_queued) {
+        ++ended_["dropped"];
+        loop_->note_trouble("webhook", server_overloaded("too many deliveries wait"), id);
+        return forget(id, organisation);
+    }
+    StoredResponse stored;
+    stored.organisation = organisation;
+    begin_again(id, stored);
+}
+
+/// First to learn which host it goes to.
+void Webhooks::begin_again(const std::string& id, const StoredResponse& stored) {
+    Delivery& delivery = deliveries_[id];
+    delivery.organisation = stored.organisation;
+    delivery.tries = stored.attempts;
+    delivery.began_ns = monotonic_ns();
+    ++counts_[stored.organisation];
+    send(id, delivery, false);
+}
+
+void Webhooks::send(const std::string& id, const Delivery& delivery, bool tries) {
+    auto job = std::make_unique<HookJob>();
+    job->id = id;
+    job->organisation = delivery.organisation;
+    job->tries = tries;
+    job->work = [](ServerLoop& loop, ServerLoop::Job& one) {
+        if (auto loaded = loop.webhooks.load(static_cast<HookJob&>(one)); !loaded)
+            one.error = std::move(loaded.error());
+    };
+    job->next = [](ServerLoop& loop, ServerLoop::JobPtr<ServerLoop::Job> one) {
+        loop.webhooks.loaded(static_cast<HookJob&>(*one));
+    };
+    loop_->outgoing.push_back(std::move(job));
+}
+
+/// On a worker. The response first: where it is gone, its body was kept before.
+Result<void> Webhooks::load(HookJob& job) const {
+    const auto response = loop_->store->find(job.organisation, job.id);
+    const auto hook = loop_->store->find(job.organisation, hook_record(job.id));
+    if (!hook || !hook->head) return make_error(ErrorKind::not_found, "its record is gone");
+    const auto head = Json::parse(*hook->head);
+    if (!head) return head.error();
+    const auto url = http_parse_url((*head)["url"].as_string());
+    if (!url) return url.error();
+    job.host = url->host;
+    if (!job.tries) return {};
+    const auto body = response && response->object ? response->object : hook->object;
+    if (!body) return make_error(ErrorKind::not_found, "its response is gone");
+    HttpCall& call = job.errand.call;
+    call.host = url->host;
+    call.port = url->port;
+    call.method = "POST";
+    call.target = url->target;
+    call.headers = webhook_headers(job.id, (*head)["token"].as_string(), *body,
+                                   unix_time_ms() / 1000);
+    call.headers.emplace_back("Host", url->authority());
+    call.body = *body;
+    call.timeout_ms = webhook_timeout_ms;
+    call.max_reply_bytes = webhook_reply_bytes;
+    job.errand.policy = &policy_;
+    job.errand.head_is_enough = true;
+    return {};
+}
+
+void Webhooks::loaded(HookJob& job) {
+    const auto found = deliveries_.find(job.id);
+    if (found == deliveries_.end()) return;
+    Delivery& delivery = found->second;
+    if (!job.tries) {
+        if (job.error) return end(job.id, "failed", job.error->message);
+        delivery.host = job.host;
+        return queue(job.id, delivery);
+    }
+    if (job.error) return end_try(job.id, *job.error);
+    ++tried_;
+    calls_[loop_->http->call(std::move(job.errand), this)] = job.id;
+}
+
+void Webhooks::queue(const std::string& id, const Delivery& delivery) {
+    Host& host = hosts_[delivery.host];
+    host.waiting.push_back(id);
+    offer(delivery.host, host);
+    run();
+}
+
+void Webhooks::offer(const std::string& name, Host& host) {
+    if (host.ready || host.waiting.empty() || host.active >= webhook_most_per_host) return;
+    host.ready = true;
+    ready_.push_back(name);
+}
+
+/// Hosts take turns.
+void Webhooks::run() {
+    while (active_ < webhook_most_active && !ready_.empty()) {
+        const std::string name = std::move(ready_.front());
+        ready_.pop_front();
+        Host& host = hosts_[name];
+        host.ready = false;
+        const std::string id = std::move(host.waiting.front());
+        host.waiting.pop_front();
+        ++active_;
+        ++host.active;
+        offer(name, host);
+        send(id, deliveries_[id], true);
+    }
+}
+
+void Webhooks::on_tick(uint64_t now_ns) {
+    while (!later_.empty() && later_.begin()->first <= now_ns) {
+        const std::string id = std::move(later_.begin()->second);
+        later_.erase(later_.begin());
+        if (const auto found = deliveries_.find(id); found != deliveries_.end())
+            queue(id, found->second);
+    }
+}
+
+// How it went.
+
+void Webhooks::on_reply(uint64_t call, Result<HttpReply> reply) {
+    const auto found = calls_.find(call);
+    const std::string id = std::move(found->second);
+    calls_.erase(found);
+    end_try(id, std::move(reply));
+}
+
+void Webhooks::end_try(const std::string& id, Result<HttpReply> reply) {
+    Delivery& delivery = deliveries_[id];
+    const std::string name = delivery.host;
+    Host& host = hosts_[name];
+    --active_;
+    --host.active;
+    offer(name, host);
+    if (host.active == 0 && !host.ready) hosts_.erase(name);
+    ++delivery.tries;
+    delivery.status = reply ? reply->status : 0;
+    if (reply && reply->status / 100 == 2) end(id, "delivered");
+    else if (!reply && reply.error().kind == ErrorKind::permission)
+        end(id, "refused", reply.error().message);
+    else if (!reply && reply.error().kind == ErrorKind::not_found)
+        end(id, "failed", reply.error().message);
+    else if (delivery.tries >= webhook_tries) end(id, "failed", reply ? "" : reply.error().message);
+    else retry(id, delivery);
+    run();
+}
+
+/// The count of tries survives a restart; the pause does not.
+void Webhooks::retry(const std::string& id, const Delivery& delivery) {
+    loop_->store->begin(hook_record(id), delivery.tries,
+                        loop_->when_kept(std::make_unique<ServerLoop::Job>()));
+    const uint64_t pause_ns = with_jitter_ns(webhook_retry_s[delivery.tries - 1]);
+    later_.emplace(monotonic_ns() + pause_ns, id);
+}
+
+void Webhooks::end(const std::string& id, const char* outcome, const std::string& error) {
+    const auto found = deliveries_.find(id);
+    const Delivery delivery = std::move(found->second);
+    deliveries_.erase(found);
+    if (--counts_[delivery.organisation] == 0) counts_.erase(delivery.organisation);
+    ++ended_[outcome];
+    forget(id, delivery.organisation);
+    const double ms = static_cast<double>(monotonic_ns() - delivery.began_ns) / 1e6;
+    Json line = Json::object()
+                    .set("event", "webhook")
+                    .set("response", id)
+                    .set("host", delivery.host)
+                    .set("outcome", outcome)
+                    .set("status", delivery.status)
+                    .set("tries", delivery.tries)
+                    .set("ms", server_rounded(ms));
+    if (!error.empty()) line.set("error", printable(error));
+    const bool delivered = std::string_view(outcome) == "delivered";
+    loop_->say(delivered ? LogLevel::info : LogLevel::warning, line);
 }
 
 }  // namespace detail
@@ -50769,7 +53667,7 @@ namespace {
 
 Error server_bad_after(std::string_view after) {
     return server_field("invalid_value", "after",
-                        "'after' is '" + printable(after) + "', which is none of the list");
+                        "'after' is \"" + printable(after) + "\", which is none of the list");
 }
 
 }  // namespace
@@ -50861,76 +53759,185 @@ Result<std::string> server_page_of(std::vector<Json> items, std::string_view que
     return server_list(std::move(shown), left > count).write();
 }
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/metrics.cpp --------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 // ---- Metrics -----------------------------------------------------------------------------------
+
+void ServerHistogram::add(double value, uint64_t times) {
+    const auto place = std::lower_bound(bounds.begin(), bounds.end(), value);
+    counts[static_cast<size_t>(place - bounds.begin())] += times;
+    sum += value * static_cast<double>(times);
+}
+
+/// What a response that has ended tells of its times.
+void ServerFigures::add(const Outcome& outcome) {
+    const Timings& times = outcome.timings;
+    const auto seconds = [](uint64_t us) { return static_cast<double>(us) / 1e6; };
+    queue_seconds.add(seconds(times.queue_us));
+    const uint32_t tokens = outcome.usage.output_tokens;
+    if (tokens > 0) first_token_seconds.add(seconds(times.queue_us + times.prefill_us));
+    if (tokens > 1) token_seconds.add(seconds(times.decode_us) / (tokens - 1), tokens - 1);
+}
 
 namespace {
 
-struct ServerMetric {
-    const char* name;
-    const char* kind;
-    const char* help;
-    double value;
+/// What is told, gathered once for all rows.
+struct ServerScrape {
+    const ServerLoop& loop;
+    HttpServer::Stats net;
+    std::vector<ResponderStats> models;
 };
 
-void server_metric(std::string* out, const ServerMetric& metric) {
-    const Json number = metric.value == std::floor(metric.value) && metric.value < 9e15
-                            ? Json(static_cast<int64_t>(metric.value))
-                            : Json(metric.value);
-    *out += format("# HELP valar_%s %s\n# TYPE valar_%s %s\nvalar_%s ", metric.name, metric.help,
-                   metric.name, metric.kind, metric.name) +
-            number.write() + "\n";
+std::string server_number(double value) {
+    const bool whole = value == std::floor(value) && std::abs(value) < 9e15;
+    return (whole ? Json(static_cast<int64_t>(value)) : Json(value)).write();
 }
 
-/// How one field of ResponderStats is told; `wide` or `narrow` is the field.
-struct ServerStat {
+/// The lines of one metric.
+struct ServerSamples {
+    std::string* out;
     const char* name;
-    const char* kind;
-    const char* help;
-    uint64_t ResponderStats::*wide = nullptr;
-    uint32_t ResponderStats::*narrow = nullptr;
+    /// `labels`: a="b",c="d". `part`: what stands behind the name.
+    void add(double value, std::string_view labels = {}, std::string_view part = {}) {
+        out->append("valar_").append(name).append(part);
+        if (!labels.empty()) out->append("{").append(labels).append("}");
+        out->append(" ").append(server_number(value)).append("\n");
+    }
+    void add(const ServerHistogram& histogram) {
+        uint64_t count = 0;
+        for (size_t i = 0; i <= histogram.bounds.size(); ++i) {
+            count += histogram.counts[i];
+            const bool last = i == histogram.bounds.size();
+            const std::string bound = last ? "+Inf" : server_number(histogram.bounds[i]);
+            add(static_cast<double>(count), "le=\"" + bound + "\"", "_bucket");
+        }
+        add(histogram.sum, {}, "_sum");
+        add(static_cast<double>(count), {}, "_count");
+    }
+    void add_troubles(const ServerLoop& loop, std::string_view from) {
+        const std::lock_guard<std::mutex> lock(loop.trouble_mutex);
+        for (const auto& [cause, trouble] : loop.troubles)
+            if (cause.first == from)
+                add(static_cast<double>(trouble.count),
+                    join({"kind=\"", server_error_kind(cause.second), "\""}));
+    }
+};
+
+/// A metric: its value, or what writes its samples. A field of ResponderStats is summed over all.
+struct ServerMetric {
+    using Value = double (*)(const ServerScrape& now);
+    using Write = void (*)(const ServerScrape& now, ServerSamples& out);
+    using Stats = ResponderStats;
+    const char *name, *type, *help;
+    Value value = nullptr;
+    Write write = nullptr;
+    uint64_t Stats::*wide = nullptr;
+    uint32_t Stats::*narrow = nullptr;
     double unit = 1;  // of the metric, in units of the field
 
-    constexpr ServerStat(const char* n, const char* k, const char* h, uint64_t ResponderStats::*f,
-                         double u = 1)
-        : name(n), kind(k), help(h), wide(f), unit(u) {}
-    constexpr ServerStat(const char* n, const char* k, const char* h, uint32_t ResponderStats::*f)
-        : name(n), kind(k), help(h), narrow(f) {}
-    constexpr size_t bytes() const { return wide ? sizeof(uint64_t) : sizeof(uint32_t); }
-    double of(const ResponderStats& stats) const {
+    constexpr ServerMetric(const char* n, const char* t, const char* h, Value v)
+        : name(n), type(t), help(h), value(v) {}
+    constexpr ServerMetric(const char* n, const char* t, const char* h, Write w)
+        : name(n), type(t), help(h), write(w) {}
+    constexpr ServerMetric(const char* n, const char* t, const char* h, uint64_t Stats::*f,
+                           double u = 1)
+        : name(n), type(t), help(h), wide(f), unit(u) {}
+    constexpr ServerMetric(const char* n, const char* t, const char* h, uint32_t Stats::*f)
+        : name(n), type(t), help(h), narrow(f) {}
+    constexpr size_t bytes() const {
+        return wide ? sizeof(uint64_t) : narrow ? sizeof(uint32_t) : 0;
+    }
+    double of(const Stats& stats) const {
         return (wide ? static_cast<double>(stats.*wide) : static_cast<double>(stats.*narrow)) /
                unit;
     }
 };
 
-using Stats = ResponderStats;
-constexpr ServerStat server_stats[] = {
+using ServerNow = const ServerScrape&;
+using ServerOut = ServerSamples&;
+constexpr ServerMetric server_metrics[] = {
     // clang-format off
-    {"model_requests_queued", "gauge", "Requests that wait for a model.", &Stats::queued},
-    {"model_requests_running", "gauge", "Requests that a model works on.", &Stats::running},
-    {"model_requests_completed_total", "counter", "Requests that were answered.", &Stats::completed},
-    {"model_requests_failed_total", "counter", "Requests that failed.", &Stats::failed},
-    {"model_requests_cancelled_total", "counter", "Requests that were cancelled.", &Stats::cancelled},
-    {"model_input_tokens_total", "counter", "Tokens read.", &Stats::input_tokens},
-    {"model_output_tokens_total", "counter", "Tokens written.", &Stats::output_tokens},
-    {"model_cached_tokens_total", "counter", "Tokens read that the prefix cache held.", &Stats::cached_tokens},
-    {"model_pages", "gauge", "Pages of keys and values, in all.", &Stats::pages},
-    {"model_pages_used", "gauge", "Pages that running requests use.", &Stats::pages_used},
-    {"model_pages_cached", "gauge", "Pages that no request uses, kept for prefixes.", &Stats::pages_cached},
-    {"model_pages_shared", "gauge", "Pages that several requests use.", &Stats::pages_shared},
-    {"model_preempted_total", "counter", "Times a request gave way to be resumed later.", &Stats::preempted},
-    {"model_batches_total", "counter", "Forward passes.", &Stats::batches},
-    {"model_batch_tokens_total", "counter", "Tokens in forward passes.", &Stats::batch_rows},
-    {"model_drafted_tokens_total", "counter", "Tokens in forward passes that were guessed.", &Stats::drafted_tokens},
-    {"model_accepted_tokens_total", "counter", "Tokens that were guessed right.", &Stats::accepted_tokens},
-    {"model_queue_seconds_total", "counter", "Time that finished requests waited.", &Stats::queue_us, 1e6},
-    {"model_prefill_seconds_total", "counter", "Time in which finished requests were read.", &Stats::prefill_us, 1e6},
-    {"model_decode_seconds_total", "counter", "Time in which finished requests were answered.", &Stats::decode_us, 1e6},
+    {"build_info", "gauge", "1, with the version as a label.", [](ServerNow now, ServerOut out) {
+        out.add(1, join({"version=\"", VALAR_VERSION, "\",dialect=\"",
+                         now.loop.options.dialect == Dialect::openai ? "openai" : "valar", "\""})); }},
+    {"start_time_seconds", "gauge", "When the server began, in unix time.", [](ServerNow now) { return now.loop.started_s; }},
+    {"http_requests_total", "counter", "Requests that were answered, by route and status.", [](ServerNow now, ServerOut out) {
+        for (const auto& [key, count] : now.loop.answered)
+            out.add(double(count), join({"route=\"", key.first, "\",status=\"", std::to_string(key.second), "\""})); }},
+    {"http_request_seconds", "histogram", "Time from the head of a request to its answer's end.", [](ServerNow now, ServerOut out) { out.add(now.loop.figures.request_seconds); }},
+    {"http_connections", "gauge", "Open connections.", [](ServerNow now) { return double(now.net.connections); }},
+    {"http_connections_accepted_total", "counter", "Connections accepted.", [](ServerNow now) { return double(now.net.accepted); }},
+    {"http_connections_refused_total", "counter", "Answered 503: max_connections were open.", [](ServerNow now) { return double(now.net.no_room); }},
+    {"http_descriptors_refused_total", "counter", "Answered 503: no descriptor was free.", [](ServerNow now) { return double(now.net.no_descriptor); }},
+    {"auth_refused_total", "counter", "Requests without a known key: 401, or 429.", [](ServerNow now) { return double(now.loop.unknown_keys); }},
+    {"auth_limited_total", "counter", "Those of them that were answered 429.", [](ServerNow now) { return double(now.loop.limited_guesses); }},
+    {"http_faults_total", "counter", "Malformed or refused requests.", [](ServerNow now) { return double(now.net.faults); }},
+    {"http_timeouts_total", "counter", "Connections that were too slow.", [](ServerNow now) { return double(now.net.timeouts); }},
+    {"http_body_bytes", "gauge", "Bytes of bodies in memory.", [](ServerNow now) { return double(now.net.body_bytes); }},
+    {"responses_live", "gauge", "Responses that are not finished.", [](ServerNow now) { return double(now.loop.live.size()); }},
+    {"responses_queued", "gauge", "Responses that are not begun.", [](ServerNow now) { return double(now.loop.queued); }},
+    {"responses_orphaned", "gauge", "Responses of before a restart that wait for a model that is not here.", [](ServerNow now) { return double(now.loop.orphans.size()); }},
+    {"batches_live", "gauge", "Batches that have not ended.", [](ServerNow now) { return double(now.loop.active_batches.size()); }},
+    {"batch_requests_left", "gauge", "Requests of batches that have not ended.", [](ServerNow now) {
+        double left = 0;
+        for (const ServerLoop::Batch* batch : now.loop.active_batches) left += double(batch->left);
+        return left; }},
+    {"batch_requests_ended_total", "counter", "Requests of batches that have ended.", [](ServerNow now) { return double(now.loop.items_ended); }},
+    {"responses_replayed_total", "counter", "Repeats answered from a record.", [](ServerNow now) { return double(now.loop.replayed); }},
+    {"response_queue_seconds", "histogram", "Time that a response waited for its model.", [](ServerNow now, ServerOut out) { out.add(now.loop.figures.queue_seconds); }},
+    {"response_first_token_seconds", "histogram", "Time to a response's first token, the wait included.", [](ServerNow now, ServerOut out) { out.add(now.loop.figures.first_token_seconds); }},
+    {"response_token_seconds", "histogram", "Time for each token behind the first, by the mean of its response.", [](ServerNow now, ServerOut out) { out.add(now.loop.figures.token_seconds); }},
+    {"request_errors_total", "counter", "Requests that were refused by our own fault, by kind.", [](ServerNow now, ServerOut out) { out.add_troubles(now.loop, "request"); }},
+    {"response_errors_total", "counter", "Responses that failed, by kind.", [](ServerNow now, ServerOut out) { out.add_troubles(now.loop, "response"); }},
+    {"store_errors_total", "counter", "Changes that the store did not take, by kind.", [](ServerNow now, ServerOut out) { out.add_troubles(now.loop, "store"); }},
+    {"webhooks_queued", "gauge", "Deliveries that wait, or are being made.", [](ServerNow now) { return double(now.loop.webhooks.queued()); }},
+    {"webhooks_total", "counter", "Deliveries that ended: delivered, failed, refused (no address that may be called), dropped (too many).", [](ServerNow now, ServerOut out) {
+        for (const auto& [outcome, count] : now.loop.webhooks.ended()) out.add(double(count), join({"outcome=\"", outcome, "\""})); }},
+    {"webhook_tries_total", "counter", "Requests that were made for them.", [](ServerNow now) { return double(now.loop.webhooks.tried()); }},
+    {"store_bytes", "gauge", "Bytes of what the store holds.", [](ServerNow now) { return double(now.loop.store->bytes()); }},
+    {"store_free_bytes", "gauge", "Bytes free on the store's disk; not for a store in memory.", [](ServerNow now, ServerOut out) {
+        if (const uint64_t free = now.loop.store->free_bytes(); free != UINT64_MAX) out.add(double(free)); }},
+    {"log_lines_dropped_total", "counter", "Log lines that were lost.", [](ServerNow now) {
+        const ServerOptions& options = now.loop.options;
+        return double(options.log_lost ? options.log_lost(options.log.context) : 0); }},
+    {"model_requests_queued", "gauge", "Requests that wait for a model.", &ResponderStats::queued},
+    {"model_requests_running", "gauge", "Requests that a model works on.", &ResponderStats::running},
+    {"model_requests_completed_total", "counter", "Requests that were answered.", &ResponderStats::completed},
+    {"model_requests_failed_total", "counter", "Requests that failed.", &ResponderStats::failed},
+    {"model_requests_cancelled_total", "counter", "Requests that were cancelled.", &ResponderStats::cancelled},
+    {"model_input_tokens_total", "counter", "Tokens read.", &ResponderStats::input_tokens},
+    {"model_output_tokens_total", "counter", "Tokens written.", &ResponderStats::output_tokens},
+    {"model_cached_tokens_total", "counter", "Tokens read that the prefix cache held.", &ResponderStats::cached_tokens},
+    {"model_pages", "gauge", "Pages of keys and values, in all.", &ResponderStats::pages},
+    {"model_pages_used", "gauge", "Pages that running requests use.", &ResponderStats::pages_used},
+    {"model_pages_cached", "gauge", "Pages that no request uses, kept for prefixes.", &ResponderStats::pages_cached},
+    {"model_pages_shared", "gauge", "Pages that several requests use.", &ResponderStats::pages_shared},
+    {"model_preempted_total", "counter", "Times a request gave way to be resumed later.", &ResponderStats::preempted},
+    {"model_batches_total", "counter", "Forward passes.", &ResponderStats::batches},
+    {"model_batch_tokens_total", "counter", "Tokens in forward passes.", &ResponderStats::batch_rows},
+    {"model_drafted_tokens_total", "counter", "Tokens in forward passes that were guessed.", &ResponderStats::drafted_tokens},
+    {"model_accepted_tokens_total", "counter", "Tokens that were guessed right.", &ResponderStats::accepted_tokens},
+    {"model_constrained_tokens_total", "counter", "Tokens written under a grammar.", &ResponderStats::constrained_tokens},
+    {"model_masks_total", "counter", "Masks of allowed tokens that were made for them.", &ResponderStats::masks},
+    {"model_queue_seconds_total", "counter", "Time that finished requests waited.", &ResponderStats::queue_us, 1e6},
+    {"model_prefill_seconds_total", "counter", "Time in which finished requests were read.", &ResponderStats::prefill_us, 1e6},
+    {"model_decode_seconds_total", "counter", "Time in which finished requests were answered.", &ResponderStats::decode_us, 1e6},
     // clang-format on
 };
 
 constexpr size_t server_stats_bytes() {
     size_t bytes = 0;
-    for (const ServerStat& stat : server_stats) bytes += stat.bytes();
+    for (const ServerMetric& row : server_metrics) bytes += row.bytes();
     return bytes;
 }
 static_assert(server_stats_bytes() == sizeof(ResponderStats), "every field has its row");
@@ -50938,53 +53945,21 @@ static_assert(server_stats_bytes() == sizeof(ResponderStats), "every field has i
 }  // namespace
 
 std::string ServerLoop::metrics_text() const {
-    std::string out =
-        "# HELP valar_http_requests_total Requests that were answered, by route and status.\n"
-        "# TYPE valar_http_requests_total counter\n";
-    uint64_t requests = 0;
-    for (const auto& [key, count] : answered) {
-        out += format("valar_http_requests_total{route=\"%s\",status=\"%d\"} ", key.first.c_str(),
-                      key.second) +
-               std::to_string(count) + "\n";
-        requests += count;
-    }
-    const HttpServer::Stats net = http->stats();
-    const auto number = [](uint64_t value) { return static_cast<double>(value); };
-    const ServerMetric metrics[] = {
-        // clang-format off
-        {"http_request_seconds_sum", "counter", "Time from head to answer, summed.", answer_seconds},
-        {"http_request_seconds_count", "counter", "Requests that were answered.", number(requests)},
-        {"http_connections", "gauge", "Open connections.", number(net.connections)},
-        {"http_connections_accepted_total", "counter", "Connections accepted.", number(net.accepted)},
-        {"http_faults_total", "counter", "Malformed or refused requests.", number(net.faults)},
-        {"http_timeouts_total", "counter", "Connections that were too slow.", number(net.timeouts)},
-        {"http_body_bytes", "gauge", "Bytes of bodies in memory.", number(net.body_bytes)},
-        {"responses_live", "gauge", "Responses that are not finished.", number(live.size())},
-        {"responses_queued", "gauge", "Responses that are not begun.", number(queued)},
-        {"responses_replayed_total", "counter", "Repeats answered from a record.", number(replayed)},
-        {"store_bytes", "gauge", "Bytes of what the store holds.", number(store->bytes())},
-        // clang-format on
-    };
-    for (const ServerMetric& metric : metrics) server_metric(&out, metric);
-    for (const auto& [from, help] :
-         {std::pair("request", "Requests that were refused by our own fault, by kind."),
-          std::pair("response", "Responses that failed, by kind."),
-          std::pair("store", "Changes that the store did not take, by kind.")}) {
-        out += format("# HELP valar_%s_errors_total %s\n# TYPE valar_%s_errors_total counter\n",
-                      from, help, from);
-        const std::lock_guard<std::mutex> lock(trouble_mutex);
-        for (const auto& [cause, trouble] : troubles)
-            if (cause.first == from)
-                out += format("valar_%s_errors_total{kind=\"%s\"} ", from,
-                              server_error_kind(cause.second)) +
-                       std::to_string(trouble.count) + "\n";
-    }
-    std::vector<ResponderStats> of_all;
-    for (const Responder* responder : responders) of_all.push_back(responder->stats());
-    for (const ServerStat& stat : server_stats) {
-        double sum = 0;
-        for (const ResponderStats& one : of_all) sum += stat.of(one);
-        server_metric(&out, {stat.name, stat.kind, stat.help, sum});
+    ServerScrape now{*this, http->stats(), {}};
+    for (const Responder* responder : responders) now.models.push_back(responder->stats());
+    std::string out;
+    for (const ServerMetric& row : server_metrics) {
+        out += format("# HELP valar_%s %s\n# TYPE valar_%s %s\n", row.name, row.help, row.name,
+                      row.type);
+        ServerSamples samples{&out, row.name};
+        if (row.write) {
+            row.write(now, samples);
+            continue;
+        }
+        double value = row.value ? row.value(now) : 0;
+        if (!row.value)
+            for (const ResponderStats& one : now.models) value += row.of(one);
+        samples.add(value);
     }
     return out;
 }
@@ -51340,6 +54315,1246 @@ Result<void> ServerLoop::add_conversation(const std::string& organisation, Json*
 }  // namespace valar
 #endif  // VALAR_NO_SERVER
 
+// ---- src/server/batches.cpp --------------------------------------------------------------------
+
+// Batches. What is sent is checked item by item on a worker, in short jobs, so that others are served
+// meanwhile; checked items go to the store, server_batch_part to a record, and the batch's own record
+// ends acceptance: parts without it are dropped at the next start. An item becomes a response in the
+// background when there is room for it (feed_batches), by the way of those that a restart left
+// (recover_some). Which have ended is kept about once a second; then parts of ended items go. What
+// ended after that is told, after a crash, by the responses.
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+constexpr uint64_t batch_slice_ns = 10'000'000;  // of checking, then others have their turn
+constexpr char batch_digits[] = "0123456789abcdefghijklmnopqrstuvwxyz";
+
+/// States of items, with their words.
+struct BatchState {
+    char letter;
+    const char* word;
+};
+constexpr BatchState batch_states[] = {{server_batch_waits, "PENDING"},
+                                       {server_batch_begun, "RUNNING"},
+                                       {'C', "COMPLETED"},
+                                       {'F', "FAILED"},
+                                       {'X', "CANCELLED"}};
+
+constexpr bool batch_item_ended(char state) {
+    return state != server_batch_waits && state != server_batch_begun;
+}
+
+char batch_letter(Status status) {
+    if (status == Status::completed) return 'C';
+    return status == Status::cancelled ? 'X' : 'F';
+}
+
+Error server_no_batch(std::string_view id) {
+    return server_not_found("no batch '" + printable(id) + "'");
+}
+
+/// Walks over JSON that may be none: it only tells texts and brackets apart.
+struct BatchScan {
+    std::string_view text;
+    size_t at = 0;
+
+    bool done() const { return at >= text.size(); }
+    void skip_space() {
+        while (!done() && std::string_view(" \t\r\n").find(text[at]) != std::string_view::npos)
+            ++at;
+    }
+    void skip_string() {
+        for (++at; !done() && text[at] != '"'; ++at) at += text[at] == '\\';
+        at = std::min(at + 1, text.size());
+    }
+    /// To the comma or bracket that ends the value which begins here.
+    void skip_value() {
+        for (size_t depth = 0; !done();) {
+            const char c = text[at];
+            if (c == '"') {
+                skip_string();
+                continue;
+            }
+            const bool closes = c == ']' || c == '}';
+            if (depth == 0 && (closes || c == ',')) return;
+            depth += c == '[' || c == '{';
+            depth -= closes;
+            ++at;
+        }
+    }
+    std::string_view take_value() {
+        skip_space();
+        const size_t from = at;
+        skip_value();
+        return trim(text.substr(from, at - from));
+    }
+    /// To the value of a member of the object that the text is. False: there is none.
+    bool find_member(std::string_view name) {
+        skip_space();
+        for (bool first = true; !done() && text[at] == (first ? '{' : ','); first = false) {
+            ++at;
+            skip_space();
+            const size_t from = at;
+            if (done() || text[at] != '"') return false;
+            skip_string();
+            const auto key = Json::parse(text.substr(from, at - from));
+            skip_space();
+            if (!key || done() || text[at] != ':') return false;
+            ++at;
+            skip_space();
+            if (key->as_string() == name) return true;
+            skip_value();
+        }
+        return false;
+    }
+};
+
+}  // namespace
+
+Result<BatchBody> batch_split(std::string_view body) {
+    BatchScan scan{body};
+    const bool listed = scan.find_member("requests") && !scan.done() && body[scan.at] == '[';
+    BatchBody split;
+    size_t begin = body.size(), end = body.size();
+    if (listed) {
+        begin = scan.at;
+        while (!scan.done() && (body[scan.at] == ',' || scan.at == begin)) {
+            ++scan.at;
+            split.requests.push_back(scan.take_value());
+            if (split.requests.size() > server_most_requests)
+                return server_field(
+                    "array_above_max_length", "requests",
+                    format("'requests' has more than %zu items", server_most_requests));
+        }
+        end = scan.at;
+        if (split.requests.size() == 1 && split.requests[0].empty()) split.requests.clear();
+    }
+    auto rest = Json::parse(join({body.substr(0, begin), listed ? "[" : "", body.substr(end)}));
+    if (!rest) return rest.error();
+    split.rest = std::move(*rest);
+    return split;
+}
+
+std::string batch_response_id(const std::string& batch, size_t place) {
+    std::string id = "resp_" + batch.substr(batch.find('_') + 1);
+    for (size_t unit = 36 * 36 * 36; unit > 0; unit /= 36) id += batch_digits[place / unit % 36];
+    return id;
+}
+
+std::optional<std::pair<std::string, size_t>> batch_of(const std::string& response_id) {
+    constexpr std::string_view prefix = "resp_";
+    const size_t size = prefix.size() + drawn_characters;
+    if (response_id.size() != size || !response_id.starts_with(prefix)) return std::nullopt;
+    size_t place = 0;
+    for (const char c : response_id.substr(prefix.size() + server_batch_drawn)) {
+        const size_t digit = std::string_view(batch_digits).find(c);
+        if (digit == std::string_view::npos) return std::nullopt;
+        place = place * 36 + digit;
+    }
+    return std::pair("batch_" + response_id.substr(prefix.size(), server_batch_drawn), place);
+}
+
+std::string batch_part_id(const std::string& batch, size_t part) {
+    return batch + "." + std::to_string(part);
+}
+
+std::optional<BatchItem> batch_item(std::string_view part, size_t place) {
+    BatchItem item;
+    for (size_t i = 0; i <= place; ++i)
+        for (std::string_view* line : {&item.hook, &item.head, &item.request}) {
+            const size_t end = part.find('\n');
+            if (end == part.npos) return std::nullopt;
+            *line = part.substr(0, end);
+            part.remove_prefix(end + 1);
+        }
+    return item;
+}
+
+/// An item that waits, as the response that it becomes.
+StoredResponse batch_response(const std::string& organisation, std::string id,
+                              const BatchItem& item) {
+    StoredResponse response;
+    response.id = std::move(id);
+    response.organisation = organisation;
+    response.background = true;
+    response.attempts = 1;
+    response.head = server_shared(std::string(item.head));
+    response.request = server_shared(std::string(item.request));
+    return response;
+}
+
+Json server_batch(const std::string& id, size_t count, int64_t created_at, std::string_view label) {
+    Json shown =
+        Json::object().set("id", id).set("request_counts", count).set("created_at", created_at);
+    if (!label.empty()) shown.set("label", label);
+    return shown;
+}
+
+/// The schema of the body.
+Json server_batch_request() {
+    const Json custom_id = doc_type("string").set("pattern", "^[a-z0-9][a-z0-9_-]{0,63}$");
+    const Json item = doc_object(
+        2, {{"custom_id", custom_id}, {"params", doc_ref(doc_name_of(nullptr) + "Request")}});
+    return doc_object(2, {{"endpoint", doc_word("/v1/responses")},
+                          {"requests", doc_array(item, 1, server_most_requests)},
+                          {"label", doc_text(0, server_most_label)}});
+}
+
+/// The schema of an item's entry in request_status.
+Json server_batch_request_status() {
+    std::vector<std::string_view> words;
+    for (const BatchState& state : batch_states) words.push_back(state.word);
+    return doc_object(1, {{"status", doc_words(words)}});
+}
+
+// ---- Accepting one -----------------------------------------------------------------------------
+
+namespace {
+
+Fault batch_unknown(const Json& object, std::initializer_list<std::string_view> known,
+                    const std::string& path) {
+    for (const JsonMember& member : object.members())
+        if (std::find(known.begin(), known.end(), member.key) == known.end()) {
+            const std::string name = path + printable(member.key, server_shown_bytes);
+            return api_error("unknown_parameter", name, "unknown field '" + name + "'");
+        }
+    return {};
+}
+
+Fault batch_check_rest(const Json& rest, size_t requests) {
+    if (!rest.is_object()) return api_wrong_type("body", "a JSON object", rest);
+    for (const char* name : {"endpoint", "requests"})
+        if (rest[name].is_null()) return api_missing(name);
+    constexpr std::string_view endpoints[] = {"/v1/responses"};
+    if (Fault fault = check_choice(rest["endpoint"], "endpoint", endpoints, "unsupported_value"))
+        return fault;
+    if (!rest["requests"].is_array())
+        return api_wrong_type("requests", "an array", rest["requests"]);
+    if (requests == 0)
+        return api_error("array_below_min_length", "requests", "'requests' must not be empty");
+    if (Fault fault = rest["label"].is_null()
+                          ? Fault()
+                          : check_text(rest["label"], "label", 0, server_most_label))
+        return fault;
+    return batch_unknown(rest, {"endpoint", "requests", "label"}, "");
+}
+
+bool batch_is_custom_id(std::string_view id) {
+    const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
+    return !id.empty() && id.size() <= 64 && letter(id[0]) &&
+           std::all_of(id.begin(), id.end(),
+                       [&](char c) { return letter(c) || c == '_' || c == '-'; });
+}
+
+/// Of a field of an item's params, as the client finds it. All of them are the client's fault, what
+/// is not found, too.
+Error batch_error(Error error, const std::string& params) {
+    if (error.code.empty() || http_status(error) >= 500) return error;
+    error.message = params + ": " + error.message;
+    error.param = params + (error.param.empty() ? "" : "." + error.param);
+    error.kind = ErrorKind::invalid_request;
+    return error;
+}
+
+/// Items are in the background, are kept and are not streamed.
+Fault batch_check_switches(const Json& params) {
+    for (const auto& [name, allowed] :
+         {std::pair("stream", false), std::pair("background", true), std::pair("store", true)}) {
+        const Json& given = params[name];
+        const bool fine = given.is_null() || !given.is_bool() ||
+                          (given.as_bool() == allowed && allowed);
+        if (!fine)
+            return api_error(
+                "unsupported_value", name,
+                join({"'", name, "' of a batch's request may not be ", given.write()}));
+    }
+    return {};
+}
+
+}  // namespace
+
+void ServerLoop::post_batch(Exchange& exchange, HttpRequest& request) {
+    auto job = std::make_unique<BatchJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
+    job->key_id = exchange.key_id;
+    job->body = std::move(request.body);
+    std::tie(job->keys, job->key) = server_key_headers(request);
+    exchange.keyed = job->keys > 0;
+    send_job<&ServerLoop::batch_work, &ServerLoop::batch_next>(std::move(job));
+}
+
+/// What is around the items.
+Result<void> ServerLoop::batch_begin(BatchJob& job) {
+    auto read = batch_split(job.body);
+    if (!read) return read.error();
+    job.read = std::move(*read);
+    if (Fault fault = batch_check_rest(job.read.rest, job.read.requests.size()))
+        return std::move(*fault);
+    if (job.keys > 0) {
+        auto reservation = reservation_of(job.keys, job.key, job.key_id);
+        if (!reservation) return reservation.error();
+        job.key = std::move(*reservation);
+        job.replay = store->reserved(job.organisation, job.key).has_value();
+    }
+    job.hash.update(join({"/v1/batches\n", job.read.rest.canonical()}));
+    auto id = draw_id("batch_");
+    if (!id) return id.error();
+    id->resize(std::string_view("batch_").size() + server_batch_drawn);
+    job.created_at = unix_time_ms() / 1000;
+    job.batch.id = *id;
+    job.batch.organisation = job.organisation;
+    job.batch.count = job.batch.left = job.read.requests.size();
+    return {};
+}
+
+Result<void> ServerLoop::batch_check(BatchJob& job, size_t place) {
+    const std::string path = api_index("requests", place);
+    auto item = Json::parse(job.read.requests[place], {.depth = json_depth_limit - 2});
+    if (!item) {
+        item.error().message = path + ": " + item.error().message;
+        item.error().param = path;
+        return item.error();
+    }
+    if (!item->is_object()) return api_wrong_type(path, "an object", *item);
+    for (const char* name : {"custom_id", "params"})
+        if ((*item)[name].is_null()) return api_missing(path + "." + name);
+    const Json& custom_id = (*item)["custom_id"];
+    if (!custom_id.is_string()) return api_wrong_type(path + ".custom_id", "a string", custom_id);
+    std::string name(custom_id.as_string());
+    if (!batch_is_custom_id(name))
+        return api_error("invalid_value", path + ".custom_id",
+                         "'" + path + ".custom_id' must match ^[a-z0-9][a-z0-9_-]{0,63}$");
+    if (job.names.contains(name))
+        return api_error("invalid_value", path + ".custom_id",
+                         "'" + path + ".custom_id' is '" + name + "', as that of another request");
+    if (!(*item)["params"].is_object())
+        return api_wrong_type(path + ".params", "an object", (*item)["params"]);
+    if (Fault fault = batch_unknown(*item, {"custom_id", "params"}, path + "."))
+        return std::move(*fault);
+    job.hash.update(join({"\n", item->canonical()}));
+    job.listed += name + "\n";
+    job.names.insert(std::move(name));
+    auto checked = batch_check_params(job, place, std::move(*item->find("params")));
+    return checked ? checked : batch_error(std::move(checked.error()), path + ".params");
+}
+
+/// All that is checked of a request, and what acceptance resolves, go to the part.
+Result<void> ServerLoop::batch_check_params(BatchJob& job, size_t place, Json params) {
+    if (Fault fault = batch_check_switches(params)) return std::move(*fault);
+    params.set("background", true);
+    Json sent;
+    auto put = put_references(job.organisation, nullptr, &params, &sent);
+    auto request = parse_response_request(params, options.dialect);
+    if (!request) return request.error();
+    if (const std::string ignored = ignored_fields(params, nullptr, options.dialect);
+        !ignored.empty()) {
+        const std::string name = ignored.substr(0, ignored.find(", "));
+        return api_error("unknown_parameter", name, "unknown field '" + name + "'");
+    }
+    if (request->window == Window::asap)
+        return api_error(
+            "invalid_value", kWindowField,
+            format("'%s' is \"asap\"; a batch's may be \"standard\" or \"flex\"", kWindowField));
+    if (job.replay || !put) return put;
+    ResponseRecord record;
+    std::string text = params.write();
+    Responder* responder = nullptr;
+    auto prepared = prepare(job.organisation, std::move(params), &*request, &responder,
+                            &record.conversation_last);
+    if (!prepared) return prepared.error();
+    record.message_id = first_message_id(batch_response_id(job.batch.id, place));
+    record.created_at = job.created_at;
+    record.model = request->model;
+    record.temperature = (*prepared)->temperature;
+    record.top_p = (*prepared)->top_p;
+    record.seed = (*prepared)->seed;
+    record.key = job.key_id;
+    const auto hook = webhooks.read(*request);
+    if (!hook && job.refused_hooks++ == 0) job.why = hook.error();
+    if (auto hidden = server_hide_token(&text, *request); !hidden) return hidden;
+    job.part += join({hook ? *hook : "", "\n", server_head(record), "\n", text, "\n"});
+    return {};
+}
+
+void ServerLoop::batch_keep_part(BatchJob& job) {
+    if (job.part.empty()) return;
+    job.stored.id = batch_part_id(job.batch.id, job.parts++);
+    job.stored.organisation = job.organisation;
+    job.stored.kept = true;
+    job.stored.created_at_ms = store->now_ms();
+    job.stored.request = server_shared(std::exchange(job.part, {}));
+}
+
+void ServerLoop::batch_end(BatchJob& job) {
+    job.whole = true;
+    StoredResponse& stored = job.stored;
+    stored.id = job.batch.id;
+    stored.organisation = job.organisation;
+    stored.kept = true;
+    stored.created_at_ms = store->now_ms();
+    if (job.keys > 0) {
+        stored.reservation = job.key;
+        stored.fingerprint = job.hash.finish().view();
+    }
+    job.text = server_batch(job.batch.id, job.batch.count, job.created_at,
+                            job.read.rest["label"].as_string())
+                   .write();
+    stored.head = server_shared(job.text);
+    stored.request = server_shared(std::move(job.listed));
+    job.batch.shown = job.text;
+    job.batch.states.assign(job.batch.count, server_batch_waits);
+    job.batch.gone.assign((job.batch.count - 1) / server_batch_part + 1, false);
+    batch_free(job);
+}
+
+/// Some items, until there is a part to be kept.
+void ServerLoop::batch_work(BatchJob& job) {
+    const uint64_t until_ns = monotonic_ns() + batch_slice_ns;
+    auto checked = std::exchange(job.begun, true) ? Result<void>() : batch_begin(job);
+    while (checked && job.checked < job.read.requests.size()) {
+        checked = batch_check(job, job.checked);
+        if (checked && ++job.checked % server_batch_part == 0) break;
+        if (monotonic_ns() >= until_ns) break;
+    }
+    if (!checked) {
+        job.error = std::move(checked.error());
+        return;
+    }
+    const bool last = job.checked == job.read.requests.size();
+    if (last && job.part.empty()) batch_end(job);
+    else if (last || job.checked % server_batch_part == 0) batch_keep_part(job);
+}
+
+/// What is large goes here, on a worker: giving it back to the system takes its time.
+void ServerLoop::batch_free(BatchJob& job) {
+    std::exchange(job.body, {});
+    std::exchange(job.part, {});
+    std::exchange(job.listed, {});
+    job.read = {};
+    job.names = {};
+}
+
+void ServerLoop::batch_next(JobPtr<BatchJob> job) {
+    if (stopping && !job->error) job->error = server_overloaded("the server is shutting down");
+    if (!find_exchange(job->exchange) && !job->error)
+        job->error = make_error(ErrorKind::cancelled, "client left");
+    if (job->error)
+        return send_job<&ServerLoop::batch_free, &ServerLoop::batch_refuse>(std::move(job));
+    if (job->whole && job->replay) return batch_replay(std::move(job));
+    if (job->stored.id.empty())
+        return send_job<&ServerLoop::batch_work, &ServerLoop::batch_next>(std::move(job));
+    StoredResponse record = std::exchange(job->stored, {});
+    if (job->whole) job->stored.fingerprint = record.fingerprint;
+    store->add(std::move(record), on_kept<&ServerLoop::batch_kept>(std::move(job)));
+}
+
+void ServerLoop::batch_kept(JobPtr<BatchJob> job) {
+    if (job->error && job->error->kind == ErrorKind::conflict) {  // a twin was faster
+        return batch_replay(std::move(job));
+    }
+    if (job->error || !job->whole) return batch_next(std::move(job));
+    const std::string id = job->batch.id;
+    std::unique_lock<std::mutex> lock(batch_mutex);
+    Batch& batch = batches[id];
+    batch = std::move(job->batch);
+    lock.unlock();
+    batch_order.push_back(id);
+    active_batches.push_back(&batch);
+    say(LogLevel::info,
+        Json::object().set("event", "batch").set("batch", id).set("requests", batch.count));
+    if (job->why) webhooks.refuse("batch", id, *job->why, job->refused_hooks);
+    answer_job(std::move(job));
+    feed_batches();
+}
+
+/// A repeat is answered from the batch that the first one made.
+void ServerLoop::batch_replay(JobPtr<BatchJob> job) {
+    const auto holder = store->reserved(job->organisation, job->key);
+    const Batch* batch = holder ? find_batch(job->organisation, holder->id) : nullptr;
+    if (!batch || holder->fingerprint != job->stored.fingerprint) {
+        job->error = make_error(ErrorKind::conflict,
+                                "this idempotency key was used for another request",
+                                "idempotency_key_reused");
+        return batch_refuse(std::move(job));
+    }
+    job->error.reset();
+    for (size_t part = 0; part < job->parts; ++part)
+        store->erase(job->organisation, batch_part_id(job->batch.id, part), false, store->now_ms(),
+                     when_kept(std::make_unique<Job>()));
+    if (Exchange* exchange = find_exchange(job->exchange)) exchange->replayed = true;
+    ++replayed;
+    job->text = batch->shown;
+    answer_job(std::move(job));
+}
+
+void ServerLoop::batch_refuse(JobPtr<BatchJob> job) {
+    for (size_t part = 0; part < job->parts; ++part)
+        store->erase(job->organisation, batch_part_id(job->batch.id, part), false, store->now_ms(),
+                     when_kept(std::make_unique<Job>()));
+    answer_job(std::move(job));
+}
+
+// ---- Showing ------------------------------------------------------------------------------------
+
+/// The one that an organisation may see.
+ServerLoop::Batch* ServerLoop::find_batch(const std::string& organisation, const std::string& id) {
+    const auto found = batches.find(id);
+    if (found == batches.end() || found->second.organisation != organisation) return nullptr;
+    return &found->second;
+}
+
+void ServerLoop::get_batches(Exchange& exchange, HttpRequest&) {
+    auto limit = server_parameter(exchange.query, server_batches_limit),
+         after = server_parameter(exchange.query, server_after_id),
+         before = server_parameter(exchange.query, server_before_id);
+    for (const auto* field : {&limit, &after, &before})
+        if (!*field) return refuse(exchange, field->error());
+    if (after->is_string() && before->is_string())
+        return refuse(exchange, server_field("invalid_value", "before_id",
+                                             "'after_id' and 'before_id' cannot both be given"));
+    std::vector<const Batch*> known;  // newest first
+    for (auto id = batch_order.rbegin(); id != batch_order.rend(); ++id)
+        if (const Batch* batch = find_batch(exchange.organisation, *id)) known.push_back(batch);
+    size_t first = 0, end = known.size();
+    for (const auto* cursor : {&*after, &*before}) {
+        if (!cursor->is_string()) continue;
+        const char* name = cursor == &*after ? "after_id" : "before_id";
+        const auto found = std::find_if(known.begin(), known.end(), [&](const Batch* batch) {
+            return batch->id == cursor->as_string();
+        });
+        if (found == known.end())
+            return refuse(exchange, server_field("invalid_value", name,
+                                                 join({"'", name, "' is none of the list"})));
+        const auto place = static_cast<size_t>(found - known.begin());
+        if (cursor == &*after) first = place + 1;
+        else end = place;
+    }
+    const auto most = static_cast<size_t>(limit->as_int(server_batches_default));
+    if (before->is_string()) first = end - std::min(end, most);
+    std::string text = "[";
+    for (size_t i = first; i < std::min(end, first + most); ++i)
+        text.append(i == first ? "" : ",").append(known[i]->shown);
+    answer(exchange, 200, text + "]");
+}
+
+void ServerLoop::get_batch(Exchange& exchange, HttpRequest&) {
+    const Batch* batch = find_batch(exchange.organisation, exchange.argument);
+    if (!batch) return refuse(exchange, server_no_batch(exchange.argument));
+    show_batch(exchange, *batch);
+}
+
+void ServerLoop::show_batch(Exchange& exchange, const Batch& batch) {
+    auto job = std::make_unique<BatchShowJob>();
+    job->exchange = exchange.number;
+    job->organisation = batch.organisation;
+    job->id = batch.id;
+    job->states = batch.states;
+    job->cancelled = batch.cancelled;
+    for (size_t i = 0, left = batch.live; left > 0 && i < job->states.size(); ++i) {
+        if (job->states[i] != server_batch_begun) continue;
+        const auto found = live.find(batch_response_id(batch.id, i));
+        if (found == live.end() || !found->second.running) job->states[i] = server_batch_waits;
+        --left;
+    }
+    send_job<&ServerLoop::show_batch_work, &ServerLoop::answer_job>(std::move(job));
+}
+
+void ServerLoop::show_batch_work(BatchShowJob& job) {
+    const auto stored = store->find(job.organisation, job.id);
+    if (!stored || !stored->request || !stored->head) {
+        job.error = server_no_batch(job.id);
+        return;
+    }
+    if (job.states.empty() && stored->object)
+        if (const auto kept = Json::parse(*stored->object))
+            job.states = (*kept)["states"].as_string();
+    job.text = stored->head->substr(0, stored->head->size() - 1) + ",\"request_status\":{";
+    std::string_view names = *stored->request;
+    for (size_t i = 0; i < job.states.size(); ++i) {
+        const std::string_view name = names.substr(0, names.find('\n'));
+        names.remove_prefix(std::min(name.size() + 1, names.size()));
+        const bool given_up = job.cancelled && job.states[i] == server_batch_waits;
+        const char letter = given_up ? batch_letter(Status::cancelled) : job.states[i];
+        for (const BatchState& state : batch_states)
+            if (state.letter == letter)
+                job.text += join(
+                    {i == 0 ? "\"" : ",\"", name, "\":{\"status\":\"", state.word, "\"}"});
+    }
+    job.text += "}}";
+}
+
+void ServerLoop::get_batch_item(Exchange& exchange, HttpRequest&) {
+    if (!find_batch(exchange.organisation, exchange.argument))
+        return refuse(exchange, server_no_batch(exchange.argument));
+    auto job = std::make_unique<BatchShowJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
+    job->id = exchange.argument;
+    job->custom_id = exchange.item;
+    send_job<&ServerLoop::find_item_work, &ServerLoop::find_item_done>(std::move(job));
+}
+
+void ServerLoop::find_item_work(BatchShowJob& job) {
+    const auto stored = store->find(job.organisation, job.id);
+    std::string_view names = stored && stored->request ? *stored->request : std::string_view();
+    for (size_t place = 0; !names.empty(); ++place) {
+        const std::string_view name = names.substr(0, names.find('\n'));
+        names.remove_prefix(std::min(name.size() + 1, names.size()));
+        if (name != job.custom_id) continue;
+        job.text = batch_response_id(job.id, place);
+        return;
+    }
+    job.error = server_not_found("no request '" + printable(job.custom_id) + "' in this batch");
+}
+
+void ServerLoop::find_item_done(JobPtr<BatchShowJob> job) {
+    Exchange* exchange = find_exchange(job->exchange);
+    if (!exchange) return;
+    if (job->error) return refuse(*exchange, *job->error);
+    show(*exchange, job->text, 200);
+}
+
+void ServerLoop::set_state(Batch& batch, size_t place, char state) {
+    const std::lock_guard<std::mutex> lock(batch_mutex);
+    batch.states[place] = state;
+}
+
+/// An item that is no response yet, as if it were one.
+std::optional<StoredResponse> ServerLoop::find_waiting(const std::string& organisation,
+                                                       const std::string& id) const {
+    const auto of = batch_of(id);
+    if (!of) return std::nullopt;
+    const auto& [batch, place] = *of;
+    bool ended = false;
+    {
+        const std::lock_guard<std::mutex> lock(batch_mutex);
+        const auto known = batches.find(batch);
+        if (known == batches.end() || known->second.organisation != organisation ||
+            place >= known->second.states.size())
+            return std::nullopt;
+        ended = batch_item_ended(known->second.states[place]);
+    }
+    if (ended) return store->find(organisation, id);
+    const auto part = store->find(organisation, batch_part_id(batch, place / server_batch_part));
+    const auto item = part && part->request ? batch_item(*part->request, place % server_batch_part)
+                                            : std::nullopt;
+    if (!item) return std::nullopt;
+    return batch_response(organisation, id, *item);
+}
+
+/// Its answer shows what is kept: items that wait have ended with it.
+void ServerLoop::post_batch_cancel(Exchange& exchange, HttpRequest&) {
+    Batch* batch = find_batch(exchange.organisation, exchange.argument);
+    if (!batch) return refuse(exchange, server_no_batch(exchange.argument));
+    if (batch->left == 0 || std::exchange(batch->cancelled, true))
+        return show_batch(exchange, *batch);
+    for (size_t i = 0; i < batch->states.size(); ++i) {
+        if (batch->states[i] != server_batch_begun) continue;
+        const auto found = live.find(batch_response_id(batch->id, i));
+        if (found != live.end()) cancel(found->first, found->second);
+    }
+    save_batch(*batch, exchange.number);
+}
+
+// ---- Items become responses -----------------------------------------------------------------
+
+ServerLoop::Batch* ServerLoop::batch_of_item(const std::string& id, size_t* place) {
+    const auto of = batch_of(id);
+    const auto found = of ? batches.find(of->first) : batches.end();
+    if (found == batches.end() || of->second >= found->second.states.size()) return nullptr;
+    *place = of->second;
+    return &found->second;
+}
+
+bool ServerLoop::item_waits(const std::string& id) {
+    size_t place = 0;
+    const Batch* batch = batch_of_item(id, &place);
+    return batch && batch->states[place] == server_batch_waits;
+}
+
+/// All batches have the same number of items in work; which of these are answered first their
+/// windows decide.
+void ServerLoop::feed_batches() {
+    if (stopping || store_failed_ns != 0 || active_batches.empty()) return;
+    const size_t share = std::max<size_t>(server_batch_live / active_batches.size(), 1);
+    for (Batch* batch : active_batches) {
+        if (batch->feeding || batch->live > share / 2) continue;
+        batch->next = std::min(batch->states.find(server_batch_waits, batch->next), batch->count);
+        if (batch->next == batch->count) continue;
+        auto job = std::make_unique<FeedJob>();
+        job->organisation = batch->organisation;
+        job->id = batch->id;
+        job->first = batch->next;
+        job->most = share - std::min(share - 1, batch->live);
+        batch->feeding = true;
+        send_job<&ServerLoop::feed_work, &ServerLoop::feed_done>(std::move(job));
+    }
+}
+
+/// An item that waits begins only to end, for an exchange that cancels or deletes it.
+bool ServerLoop::end_waiting(Exchange& exchange) {
+    size_t place = 0;
+    const Batch* batch = batch_of_item(exchange.argument, &place);
+    if (!batch || batch->organisation != exchange.organisation ||
+        batch->states[place] != server_batch_waits)
+        return false;
+    auto job = std::make_unique<FeedJob>();
+    job->exchange = exchange.number;
+    job->organisation = batch->organisation;
+    job->id = batch->id;
+    job->first = place;
+    job->most = 1;
+    send_job<&ServerLoop::feed_work, &ServerLoop::feed_done>(std::move(job));
+    return true;
+}
+
+/// Items from the first that waits, as far as their part goes.
+void ServerLoop::feed_work(FeedJob& job) {
+    const size_t part = job.first / server_batch_part;
+    const auto stored = store->find(job.organisation, batch_part_id(job.id, part));
+    if (!stored || !stored->request) {
+        job.error = make_error(ErrorKind::io, "items of a batch cannot be read");
+        return;
+    }
+    std::string_view text = *stored->request;
+    for (size_t place = part * server_batch_part; job.items.size() < job.most; ++place) {
+        const auto item = batch_item(text, 0);
+        if (!item) return;
+        text.remove_prefix(item->size());
+        if (place < job.first) continue;
+        job.items.push_back(
+            {batch_response(job.organisation, batch_response_id(job.id, place), *item),
+             std::string(item->hook)});
+    }
+}
+
+void ServerLoop::feed_done(JobPtr<FeedJob> job) {
+    const auto found = batches.find(job->id);
+    if (found == batches.end()) return;
+    Batch& batch = found->second;
+    if (job->exchange == 0) batch.feeding = false;
+    if (stopping) return;
+    Exchange* exchange = find_exchange(job->exchange);
+    const bool waits = job->first < batch.states.size() &&
+                       batch.states[job->first] == server_batch_waits;
+    if (exchange && !waits) {  // it began meanwhile
+        HttpRequest none;
+        return (this->*exchange->handle)(*exchange, none);
+    }
+    if (job->error && waits) {
+        if (exchange) refuse(*exchange, *job->error);
+        note_trouble("batch", *job->error, batch.id);
+        const size_t end = std::min(batch.count,
+                                    (job->first / server_batch_part + 1) * server_batch_part);
+        for (size_t place = job->first; place < end; ++place)
+            if (batch.states[place] == server_batch_waits) {
+                ++batch.live;
+                item_ended(batch_response_id(batch.id, place), Status::failed);
+            }
+        return;
+    }
+    for (auto& [item, hook] : job->items) {
+        size_t place = 0;
+        if (!batch_of_item(item.id, &place) || batch.states[place] != server_batch_waits) continue;
+        set_state(batch, place, server_batch_begun);
+        ++batch.live;
+        Live& entry = live[item.id];
+        entry.organisation = item.organisation;
+        entry.background = entry.resumable = entry.item = true;
+        entry.webhook = !hook.empty();
+        if (entry.webhook) webhooks.keep(item.id, item.organisation, std::move(hook));
+        ++queued;
+        ++items_queued;
+        item.created_at_ms = store->now_ms();
+        auto added = std::make_unique<RecoverJob>();
+        added->id = item.id;
+        added->exchange = job->exchange;
+        store->add(std::move(item), on_kept<&ServerLoop::item_added>(std::move(added)));
+    }
+}
+
+/// It goes the way of those that a restart left.
+void ServerLoop::item_added(JobPtr<RecoverJob> job) {
+    const auto found = live.find(job->id);
+    size_t place = 0;
+    Batch* batch = batch_of_item(job->id, &place);
+    if (found == live.end() || !batch || found->second.state == Live::State::parked) return;
+    if (job->error) {  // no room: it waits again
+        found->second.waiters.push_back(job->exchange);
+        for (const uint64_t number : std::exchange(found->second.waiters, {}))
+            if (Exchange* exchange = find_exchange(number)) refuse(*exchange, *job->error);
+        set_state(*batch, place, server_batch_waits);
+        batch->next = std::min(batch->next, place);
+        if (found->second.webhook) webhooks.forget(job->id, batch->organisation);
+        --batch->live;
+        --queued;
+        --items_queued;
+        live.erase(found);
+        return;
+    }
+    found->second.state = Live::State::waiting;
+    if (Exchange* exchange = find_exchange(job->exchange)) {
+        exchange->removes = exchange->method == "DELETE";
+        wait_for(*exchange, found->first, found->second);
+        return cancel(found->first, found->second);
+    }
+    if (batch->cancelled) return cancel(found->first, found->second);
+    recoverable.push_back(job->id);
+    recover_some();
+}
+
+void ServerLoop::item_ended(const std::string& id, Status status) {
+    size_t place = 0;
+    Batch* batch = batch_of_item(id, &place);
+    if (!batch || batch_item_ended(batch->states[place])) return;
+    set_state(*batch, place, batch_letter(status));
+    batch->changed = true;
+    --batch->live;
+    ++items_ended;
+    if (--batch->left == 0) {
+        batch->ended_at_ms = store->now_ms();
+        std::erase(active_batches, batch);
+        say(LogLevel::info,
+            Json::object().set("event", "batch").set("batch", batch->id).set("ended", true));
+        save_batch(*batch);
+    }
+    feed_batches();
+}
+
+// ---- What is kept of them ----------------------------------------------------------------------
+
+/// Keeps how far it is; an exchange is shown it then.
+void ServerLoop::save_batch(Batch& batch, uint64_t exchange) {
+    auto job = std::make_unique<BatchSaveJob>();
+    job->exchange = exchange;
+    job->id = batch.id;
+    job->states = batch.states;
+    std::replace(job->states.begin(), job->states.end(), server_batch_begun, server_batch_waits);
+    batch.changed = false;
+    auto object = server_shared(Json::object()
+                                    .set("states", job->states)
+                                    .set("cancelled", batch.cancelled)
+                                    .set("ended_at_ms", batch.ended_at_ms)
+                                    .write());
+    store->finish(batch.id, std::move(object), store->now_ms(),
+                  on_kept<&ServerLoop::batch_saved>(std::move(job)));
+}
+
+/// Parts whose items have all ended are not needed any more.
+void ServerLoop::batch_saved(JobPtr<BatchSaveJob> job) {
+    const auto found = batches.find(job->id);
+    Exchange* exchange = find_exchange(job->exchange);
+    if (found == batches.end()) return;
+    Batch& batch = found->second;
+    if (job->error) {
+        batch.changed = true;
+        return exchange ? refuse(*exchange, *job->error) : void();
+    }
+    for (size_t part = 0; part < batch.gone.size(); ++part) {
+        const std::string_view states =
+            std::string_view(job->states).substr(part * server_batch_part, server_batch_part);
+        if (batch.gone[part] || !std::all_of(states.begin(), states.end(), batch_item_ended))
+            continue;
+        batch.gone[part] = true;
+        store->erase(batch.organisation, batch_part_id(batch.id, part), false, store->now_ms(),
+                     when_kept(std::make_unique<Job>()));
+    }
+    if (std::all_of(job->states.begin(), job->states.end(), batch_item_ended)) {
+        const std::lock_guard<std::mutex> lock(batch_mutex);
+        batch.states = {};
+        batch.gone = {};
+    }
+    if (exchange) show_batch(*exchange, batch);
+}
+
+void ServerLoop::look_after_batches() {
+    for (auto& [id, batch] : batches)
+        if (batch.changed) save_batch(batch);
+}
+
+/// As long after its end as the store keeps responses.
+void ServerLoop::expire_batches() {
+    const int64_t now_ms = store->now_ms();
+    std::erase_if(batch_order, [&](const std::string& id) {
+        const Batch& batch = batches.at(id);
+        if (batch.left > 0 || now_ms - batch.ended_at_ms < store->retention_ms()) return false;
+        store->erase(batch.organisation, id, false, now_ms, when_kept(std::make_unique<Job>()));
+        const std::lock_guard<std::mutex> lock(batch_mutex);
+        batches.erase(id);
+        return true;
+    });
+}
+
+/// Takes what belongs to batches and webhooks, and what was used, out of what the last process left.
+void ServerLoop::recover_kept(std::vector<StoredResponse>* left) {
+    std::vector<StoredResponse> parts;
+    std::erase_if(*left, [&](StoredResponse& stored) {
+        if (!stored.kept) return false;
+        if (stored.id.starts_with("usage_")) recover_usage(stored);
+        else if (stored.id.starts_with(webhook_prefix)) webhooks.recover(std::move(stored));
+        else if (stored.id.find('.') != std::string::npos) parts.push_back(std::move(stored));
+        else if (stored.id.starts_with("batch_") && !recover_batch(stored))
+            note_trouble("batch", make_error(ErrorKind::bad_data, "it cannot be read"), stored.id);
+        return true;
+    });
+    for (const StoredResponse& part : parts) {
+        const size_t dot = part.id.find('.');
+        const auto found = batches.find(part.id.substr(0, dot));
+        const auto number = Json::parse(part.id.substr(dot + 1));
+        const auto place = number ? number->as_uint() : 0;
+        if (found != batches.end() && place < found->second.gone.size())
+            found->second.gone[size_t(place)] = false;
+        else
+            store->erase(part.organisation, part.id, false, store->now_ms(),
+                         when_kept(std::make_unique<Job>()));
+    }
+}
+
+bool ServerLoop::recover_batch(const StoredResponse& kept) {
+    const auto stored = store->find(kept.organisation, kept.id);
+    const auto shown = Json::parse(stored && stored->head ? *stored->head : "");
+    const auto known = Json::parse(
+        stored && stored->object && !stored->object->empty() ? *stored->object : "{}");
+    if (!shown || !known) return false;
+    const auto count = static_cast<size_t>((*shown)["request_counts"].as_uint());
+    if (count == 0 || count > server_most_requests) return false;
+    Batch& batch = batches[kept.id];
+    batch_order.push_back(kept.id);
+    batch.id = kept.id;
+    batch.organisation = kept.organisation;
+    batch.shown = *stored->head;
+    batch.count = count;
+    batch.cancelled = (*known)["cancelled"].as_bool();
+    batch.ended_at_ms = (*known)["ended_at_ms"].as_int();
+    if (batch.ended_at_ms != 0) return true;
+    batch.states = (*known)["states"].as_string();
+    batch.states.resize(count, server_batch_waits);
+    batch.gone.assign((count - 1) / server_batch_part + 1, true);
+    for (size_t i = 0; i < count; ++i) {  // what ended since that was kept
+        if (batch_item_ended(batch.states[i])) continue;
+        const auto item = store->find(kept.organisation, batch_response_id(kept.id, i));
+        if (item && item->terminal) {
+            const auto object = Json::parse(*item->object);
+            const std::string_view status = object ? (*object)["status"].as_string() : "";
+            batch.states[i] = status == "failed"      ? batch_letter(Status::failed)
+                              : status == "cancelled" ? batch_letter(Status::cancelled)
+                                                      : batch_letter(Status::completed);
+            batch.changed = true;
+        } else {
+            ++batch.left;
+        }
+    }
+    if (batch.left == 0) batch.ended_at_ms = store->now_ms(), batch.changed = true;
+    else active_batches.push_back(&batch);
+    return true;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/usage.cpp ----------------------------------------------------------------------
+
+// What was used: counters of an hour each, by organisation, API key, model and window, in records of
+// their own that no response's age takes away. They grow when a response has ended and is kept, and
+// are kept about once a second: a crash may lose what the last one counted.
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+using Counters = ServerUsageCounters;
+constexpr int64_t usage_hour_s = 3600, usage_day_hours = 24;
+constexpr int64_t usage_kept_hours = 31 * usage_day_hours;
+
+struct UsageField {
+    const char* name;
+    uint64_t Counters::*field;
+};
+constexpr UsageField usage_fields[] = {
+    {"requests", &Counters::requests},
+    {"failed", &Counters::failed},
+    {"cancelled", &Counters::cancelled},
+    {"input_tokens", &Counters::input_tokens},
+    {"cached_tokens", &Counters::cached_tokens},
+    {"output_tokens", &Counters::output_tokens},
+    {"reasoning_tokens", &Counters::reasoning_tokens},
+};
+static_assert(std::size(usage_fields) * sizeof(uint64_t) == sizeof(Counters),
+              "every one has its row");
+
+void usage_add(Counters* to, const Counters& more) {
+    for (const UsageField& row : usage_fields) to->*row.field += more.*row.field;
+}
+
+std::string usage_id(int64_t hour) { return "usage_" + std::to_string(hour); }
+
+int64_t usage_now() { return unix_time_ms() / 1000 / usage_hour_s; }
+
+/// An hour as it is kept, and back: what cannot be read counts nothing.
+std::string usage_written(const ServerUsageHour& hour) {
+    Json rows = Json::array();
+    for (const auto& [of, counters] : hour.rows) {
+        Json row = Json::array();
+        for (const std::string* name : {&of.organisation, &of.key, &of.model, &of.window})
+            row.push(*name);
+        for (const UsageField& field : usage_fields) row.push(counters.*field.field);
+        rows.push(std::move(row));
+    }
+    return rows.write();
+}
+
+ServerUsageHour usage_read(const std::string& text) {
+    ServerUsageHour hour;
+    const auto rows = Json::parse(text);
+    if (!rows) return hour;
+    for (const Json& row : rows->items()) {
+        ServerUsageKey of;
+        size_t at = 0;
+        for (std::string* name : {&of.organisation, &of.key, &of.model, &of.window})
+            *name = row[at++].as_string();
+        for (const UsageField& field : usage_fields)
+            hour.rows[of].*field.field += row[at++].as_uint();
+    }
+    return hour;
+}
+
+/// The hours of a range, the last of which is now's; 7d and 30d are of whole days (UTC).
+struct UsageRange {
+    std::string_view name;
+    int64_t days, bucket_hours;
+    int64_t first(int64_t now) const {
+        if (days == 1) return now - usage_day_hours + 1;
+        return (now / usage_day_hours - days + 1) * usage_day_hours;
+    }
+};
+constexpr UsageRange usage_ranges[] = {{server_usage_ranges[0], 1, 1},
+                                       {server_usage_ranges[1], 7, usage_day_hours},
+                                       {server_usage_ranges[2], 30, usage_day_hours}};
+
+std::string usage_day(int64_t hour) {
+    const CivilTime day = civil_time(hour * usage_hour_s);
+    return format("%04d-%02d-%02d", static_cast<int>(day.year), day.month, day.day);
+}
+
+/// By what rows are told apart.
+std::string usage_name(std::string_view by, int64_t hour, const ServerUsageKey& of) {
+    if (by == "model") return of.model;
+    if (by == "window") return of.window;
+    return by == "key" ? of.key : usage_day(hour);
+}
+
+/// Counters gathered for a view.
+struct UsageTally {
+    ServerUsageView view;
+    UsageRange range;
+    int64_t now;
+    std::vector<std::string_view> by;
+    struct Row {
+        Counters counters;
+        int64_t last = 0;  // hour
+    };
+    std::map<std::vector<std::string>, Row> rows;
+    std::vector<Counters> buckets;  // of a timeseries
+
+    UsageTally(ServerUsageView shown, const UsageRange& over, std::string_view only, int64_t at)
+        : view(shown), range(over), now(at) {
+        if (!only.empty()) by = {only};
+        else if (view == ServerUsageView::breakdown) by = {"model", "window"};
+        else if (view == ServerUsageView::activity) by = {"key", "model"};
+        const int64_t hours = now - range.first(now) + 1;
+        buckets.resize(static_cast<size_t>((hours - 1) / range.bucket_hours + 1));
+    }
+
+    void take(int64_t hour, const ServerUsageKey& of, const Counters& counters) {
+        std::vector<std::string> names;
+        for (const std::string_view one : by) names.push_back(usage_name(one, hour, of));
+        Row& row = rows[std::move(names)];
+        usage_add(&row.counters, counters);
+        row.last = hour;
+        usage_add(&buckets[static_cast<size_t>((hour - range.first(now)) / range.bucket_hours)],
+                  counters);
+    }
+
+    static void show(Json* row, const Counters& counters) {
+        for (const UsageField& field : usage_fields) row->set(field.name, counters.*field.field);
+        row->set("total_tokens", counters.input_tokens + counters.output_tokens);
+    }
+
+    Json show_buckets() const {
+        Json data = Json::array();
+        for (size_t i = 0; i < buckets.size(); ++i) {
+            const int64_t hour = range.first(now) + static_cast<int64_t>(i) * range.bucket_hours;
+            Json row = Json::object().set("start", hour * usage_hour_s);
+            row.set("end", (hour + range.bucket_hours) * usage_hour_s);
+            show(&row, buckets[i]);
+            data.push(std::move(row));
+        }
+        return data;
+    }
+
+    Json show_rows() const {
+        Json data = Json::array();
+        for (const auto& [names, sums] : rows) {
+            Json row = Json::object();
+            for (size_t i = 0; i < by.size(); ++i) row.set(by[i], names[i]);
+            if (view == ServerUsageView::activity) row.set("last_hour", sums.last * usage_hour_s);
+            show(&row, sums.counters);
+            data.push(std::move(row));
+        }
+        return data;
+    }
+
+    Json show_all() const {
+        const bool total = view == ServerUsageView::total;
+        Json all = Json::object().set("object", total ? "usage" : "list").set("range", range.name);
+        all.set("from", range.first(now) * usage_hour_s).set("to", (now + 1) * usage_hour_s);
+        if (!total)
+            return all.set("data",
+                           view == ServerUsageView::timeseries ? show_buckets() : show_rows());
+        Counters sum;
+        for (const auto& [names, row] : rows) usage_add(&sum, row.counters);
+        show(&all, sum);
+        return all;
+    }
+};
+
+}  // namespace
+
+std::vector<Json> server_usage_samples(ServerUsageView view) {
+    std::vector<Json> samples;
+    const auto add = [&](std::string_view by, bool used) {
+        UsageTally tally(view, usage_ranges[0], by, usage_kept_hours);
+        if (used) tally.take(usage_kept_hours, {"", "key", "model", "standard"}, {});
+        samples.push_back(tally.show_all());
+    };
+    for (const bool used : {false, true}) add("", used);
+    if (view == ServerUsageView::breakdown)
+        for (const std::string_view by : server_usage_names) add(by, true);
+    return samples;
+}
+
+// ---- Showing ------------------------------------------------------------------------------------
+
+void ServerLoop::send_usage(Exchange& exchange, ServerUsageView view) {
+    auto job = std::make_unique<UsageJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
+    job->query = exchange.query;
+    job->view = view;
+    send_job<&ServerLoop::usage_work, &ServerLoop::answer_job>(std::move(job));
+}
+
+/// Hour by hour, so that the loop, which counts, never waits for all of them.
+void ServerLoop::usage_work(UsageJob& job) {
+    auto wanted = server_parameter(job.query, server_range);
+    auto by = job.view == ServerUsageView::breakdown ? server_parameter(job.query, server_by)
+                                                     : Result<Json>(Json());
+    if (!wanted || !by) {
+        job.error = wanted ? by.error() : wanted.error();
+        return;
+    }
+    const auto range = std::find_if(
+        std::begin(usage_ranges), std::end(usage_ranges) - 1,
+        [&](const UsageRange& row) { return row.name == wanted->as_string(usage_ranges[0].name); });
+    UsageTally tally(job.view, *range, by->as_string(), usage_now());
+    for (int64_t hour = range->first(tally.now); hour <= tally.now; ++hour) {
+        const std::lock_guard<std::mutex> lock(usage_mutex);
+        const auto found = used_hours.find(hour);
+        if (found == used_hours.end()) continue;
+        const auto& rows = found->second.rows;
+        auto row = rows.lower_bound({job.organisation, {}, {}, {}});
+        for (; row != rows.end() && row->first.organisation == job.organisation; ++row)
+            tally.take(hour, row->first, row->second);
+    }
+    job.text = tally.show_all().write();
+}
+
+// ---- Counting -------------------------------------------------------------------------------------
+
+ServerUsageKey ServerLoop::usage_key(const ResponseRecord& record) const {
+    ServerUsageKey of{record.organisation, record.key, record.model, {}};
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (server_answers_to(model, record.model)) of.model = model.id;
+    of.window = record.request["metadata"][kWindowKey].as_string(window_name(Window::standard));
+    return of;
+}
+
+void ServerLoop::count_usage(const FinishJob& job) {
+    const Outcome& outcome = *job.outcome;
+    Counters counters{1,
+                      outcome.status == Status::failed,
+                      outcome.status == Status::cancelled,
+                      outcome.usage.input_tokens,
+                      outcome.usage.cached_tokens,
+                      outcome.usage.output_tokens,
+                      outcome.usage.reasoning_tokens};
+    const std::lock_guard<std::mutex> lock(usage_mutex);
+    ServerUsageHour& hour = used_hours[usage_now()];
+    hour.changed = true;
+    usage_add(&hour.rows[job.used], counters);
+}
+
+void ServerLoop::save_usage() {
+    if (store_failed_ns != 0) return;  // what room is left is for responses
+    for (auto& [number, hour] : used_hours) {
+        if (!std::exchange(hour.changed, false)) continue;
+        auto job = std::make_unique<UsageSaveJob>();
+        job->hour = number;
+        if (!std::exchange(hour.kept, true)) {
+            StoredResponse record;
+            record.id = usage_id(number);
+            record.kept = true;
+            record.created_at_ms = store->now_ms();
+            store->add(std::move(record), when_kept(std::make_unique<Job>()));
+        }
+        store->finish(usage_id(number), server_shared(usage_written(hour)), store->now_ms(),
+                      on_kept<&ServerLoop::usage_saved>(std::move(job)));
+    }
+}
+
+void ServerLoop::usage_saved(JobPtr<UsageSaveJob> job) {
+    const auto hour = used_hours.find(job->hour);
+    if (!job->error || hour == used_hours.end()) return;
+    hour->second.changed = true;  // again in a second
+    if (job->error->kind == ErrorKind::not_found) hour->second.kept = false;
+}
+
+void ServerLoop::expire_usage() {
+    const int64_t first = usage_now() - usage_kept_hours;
+    const std::lock_guard<std::mutex> lock(usage_mutex);
+    while (!used_hours.empty() && used_hours.begin()->first < first) {
+        store->erase({}, usage_id(used_hours.begin()->first), false, store->now_ms(),
+                     when_kept(std::make_unique<Job>()));
+        used_hours.erase(used_hours.begin());
+    }
+}
+
+void ServerLoop::recover_usage(const StoredResponse& kept) {
+    const auto number = Json::parse(std::string_view(kept.id).substr(kept.id.find('_') + 1));
+    const auto stored = store->find(kept.organisation, kept.id);
+    if (!number || !number->is_int() || !kept.organisation.empty() || !stored) return;
+    ServerUsageHour& hour = used_hours[number->as_int()];
+    if (stored->object) hour = usage_read(*stored->object);
+    hour.kept = true;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
 // ---- src/server/openapi.cpp --------------------------------------------------------------------
 
 #ifndef VALAR_NO_SERVER
@@ -51372,14 +55587,14 @@ constexpr DocStatus doc_statuses[] = {
     // clang-format off
     {400, DocScope::all, "The request is malformed, or a field of it is; `param` names the field."},
     {401, DocScope::keyed, "No API key, or an unknown one."},
-    {403, DocScope::all, "The Host or the Origin is not allowed."},
-    {404, DocScope::named, "There is no such response or model."},
+    {403, DocScope::all, "The Host, the Origin or a proxy is not allowed."},
+    {404, DocScope::named, "There is no such response, batch or model."},
     {408, DocScope::all, "The request, or a chat's answer, was not there in time."},
     {413, DocScope::all, "The body is too large."},
     {414, DocScope::all, "The request line is too long."},
     {415, DocScope::body, "The Content-Type or Content-Encoding is not supported."},
     {417, DocScope::all, "An expectation other than 100-continue."},
-    {429, DocScope::keyed, "This key may not make so many requests a minute."},
+    {429, DocScope::keyed, "Too many requests a minute, of this key or without a known one."},
     {431, DocScope::all, "The header fields are too long, or too many."},
     {500, DocScope::all, "Our own fault."},
     {501, DocScope::all, "A transfer coding other than chunked."},
@@ -51478,6 +55693,28 @@ void doc_add_answers(Json* schemas) {
     learn("DeletedResponse", server_deleted(""));
     learn("Conversation", server_conversation("", {0, Json::object(), {}}));
     learn("DeletedConversation", server_deleted_conversation(""));
+    for (const char* label : {"", "x"}) {
+        Json* known = schemas->find("Batch");
+        Json batch = known ? *known : Json::object();
+        doc_learn(&batch, server_batch("", 1, 1, label));
+        schemas->set("Batch", std::move(batch));
+    }
+    schemas->set("BatchRequest", server_batch_request());
+    schemas->set("BatchList", doc_array(doc_ref("Batch")));
+    Json status = (*schemas)["Batch"];
+    status.find("properties")
+        ->set("request_status",
+              doc_type("object").set("additionalProperties", server_batch_request_status()));
+    status.find("required")->push("request_status");
+    schemas->set("BatchStatus", std::move(status));
+    for (const auto& [name, view] : {std::pair("Usage", ServerUsageView::total),
+                                     std::pair("UsageBreakdown", ServerUsageView::breakdown),
+                                     std::pair("UsageActivity", ServerUsageView::activity),
+                                     std::pair("UsageTimeseries", ServerUsageView::timeseries)}) {
+        Json usage = Json::object();
+        for (const Json& sample : server_usage_samples(view)) doc_learn(&usage, sample);
+        schemas->set(name, std::move(usage));
+    }
     schemas->set("Document", doc_type("object"));
     Json count = Json::object();
     for (const Surface* surface : {&messages_count_surface, static_cast<const Surface*>(nullptr)})
@@ -51561,7 +55798,7 @@ Json DocWriter::parameters(const Route& route, const Operation& one) const {
                      .set("schema", std::move(schema)));
     };
     if (route.takes_argument())
-        add("path", "id", "Of the response, conversation or model.", doc_text(1));
+        add("path", "id", "Of the response, conversation, batch or model.", doc_text(1));
     if (!route.middle.empty()) add("path", "item", "Of the item.", doc_text(1));
     for (const ServerParameter& row : one.query) {
         if (!serves(row)) continue;
@@ -51570,10 +55807,26 @@ Json DocWriter::parameters(const Route& route, const Operation& one) const {
             schema = doc_type("integer").set("minimum", row.least).set("maximum", row.most);
         add("query", row.name, row.about, std::move(schema));
     }
-    if (one.handle == &ServerLoop::post_response)
+    if (one.handle == &ServerLoop::post_response || one.body)
         add("header", "Idempotency-Key", "A repeat under it is answered from the first's record.",
             doc_text(1, server_max_key_length));
     return all;
+}
+
+/// What a request with a webhook is followed by.
+Json doc_callbacks() {
+    const Json answer = Json::object().set("description", "It is taken; all else is tried again.");
+    const Json post = Json::object()
+                          .set("summary", "The response has ended.")
+                          .set("requestBody",
+                               Json::object()
+                                   .set("required", true)
+                                   .set("content",
+                                        doc_content_of("application/json", doc_ref("Response"))))
+                          .set("responses", Json::object().set("2XX", answer));
+    return Json::object().set("completion",
+                              Json::object().set("{$request.body#/metadata/completion_webhook}",
+                                                 Json::object().set("post", post)));
 }
 
 Json DocWriter::operation(const Route& route, const Operation& one) const {
@@ -51581,14 +55834,18 @@ Json DocWriter::operation(const Route& route, const Operation& one) const {
                    .set("operationId", one.name)
                    .set("summary", one.about)
                    .set("parameters", parameters(route, one));
-    if (one.handle == &ServerLoop::post_response || one.handle == &ServerLoop::post_count)
-        out.set(
-            "requestBody",
-            Json::object()
-                .set("required", true)
-                .set("content", doc_content_of("application/json",
-                                               doc_ref(doc_name_of(route.surface) + "Request"))));
+    const bool asks = one.handle == &ServerLoop::post_response ||
+                      one.handle == &ServerLoop::post_count;
+    const std::string body = asks       ? doc_name_of(route.surface) + "Request"
+                             : one.body ? one.body
+                                        : "";
+    if (!body.empty())
+        out.set("requestBody",
+                Json::object()
+                    .set("required", true)
+                    .set("content", doc_content_of("application/json", doc_ref(body))));
     out.set("responses", answers(route, one));
+    if (one.handle == &ServerLoop::post_response) out.set("callbacks", doc_callbacks());
     if (route.open) out.set("security", Json::array());
     return out;
 }
@@ -51617,6 +55874,10 @@ Json DocWriter::paths() {
 Json server_openapi(Dialect dialect, bool keyed) {
     DocWriter writer{dialect, keyed};
     doc_add_shared(&writer.schemas);
+    if (dialect == Dialect::openai)  // see put_references
+        writer.schemas.find("InputItem")
+            ->find("anyOf")
+            ->push(doc_object(2, {{"type", doc_word("item_reference")}, {"id", doc_text(1)}}));
     Json paths = writer.paths();
     doc_add_answers(&writer.schemas);
     Json components = Json::object()
@@ -51649,7 +55910,7 @@ void ServerLoop::get_openapi(Exchange& exchange, HttpRequest&) {
 }
 
 void ServerLoop::openapi_work(AnswerJob& job) {
-    job.text = server_openapi(options.dialect, !keys.empty()).write();
+    job.text = server_openapi(options.dialect, has_keys).write();
 }
 
 }  // namespace detail
@@ -52648,54 +56909,55 @@ VALAR_COLD_END
 #endif
 
 _Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"At\")") _Pragma("pop_macro(\"B16\")")
-_Pragma("pop_macro(\"BOOL\")") _Pragma("pop_macro(\"Begin\")") _Pragma("pop_macro(\"Bound\")")
-_Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"Bytes\")") _Pragma("pop_macro(\"C\")")
-_Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")")
-_Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")")
-_Pragma("pop_macro(\"Difference\")") _Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")")
-_Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")")
-_Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"F16\")")
-_Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
-_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Format\")")
-_Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")")
-_Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")")
-_Pragma("pop_macro(\"In\")") _Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")")
-_Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")")
-_Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")")
-_Pragma("pop_macro(\"Key\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
-_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
-_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
-_Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Mark\")") _Pragma("pop_macro(\"Match\")")
-_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Middle\")") _Pragma("pop_macro(\"Mode\")")
-_Pragma("pop_macro(\"Move\")") _Pragma("pop_macro(\"MultiByteToWideChar\")")
-_Pragma("pop_macro(\"N\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
+_Pragma("pop_macro(\"BOOL\")") _Pragma("pop_macro(\"Batch\")") _Pragma("pop_macro(\"Begin\")")
+_Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"Bytes\")")
+_Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")")
+_Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")")
+_Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Difference\")") _Pragma("pop_macro(\"Done\")")
+_Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")")
+_Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")")
+_Pragma("pop_macro(\"F16\")") _Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")")
+_Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")")
+_Pragma("pop_macro(\"Format\")") _Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")")
+_Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")")
+_Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"Host\")") _Pragma("pop_macro(\"In\")")
+_Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")")
+_Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")")
+_Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Key\")")
+_Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Length\")")
+_Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")")
+_Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Map\")")
+_Pragma("pop_macro(\"Mark\")") _Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")")
+_Pragma("pop_macro(\"Middle\")") _Pragma("pop_macro(\"Mode\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
+_Pragma("pop_macro(\"Name\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
 _Pragma("pop_macro(\"Node\")") _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")")
 _Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")")
-_Pragma("pop_macro(\"Order\")") _Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")")
-_Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Part\")") _Pragma("pop_macro(\"Pending\")")
-_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
-_Pragma("pop_macro(\"Property\")") _Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")")
-_Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")")
-_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")")
-_Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")")
-_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
-_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")")
-_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Set\")") _Pragma("pop_macro(\"Shape\")")
-_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
-_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
-_Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
-_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
-_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")")
-_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Take\")") _Pragma("pop_macro(\"Tensor\")")
+_Pragma("pop_macro(\"Operator\")") _Pragma("pop_macro(\"Order\")") _Pragma("pop_macro(\"P\")")
+_Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Part\")")
+_Pragma("pop_macro(\"Pending\")") _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")")
+_Pragma("pop_macro(\"Place\")") _Pragma("pop_macro(\"Property\")") _Pragma("pop_macro(\"Q\")")
+_Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Read\")")
+_Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")")
+_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
+_Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")")
+_Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")")
+_Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Set\")")
+_Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")")
+_Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")")
+_Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")")
+_Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")")
+_Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")")
+_Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
 _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Todo\")")
 _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")")
 _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")")
 _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Union\")") _Pragma("pop_macro(\"Usage\")")
 _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
-_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
-_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
-_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"Write\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
+_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
+_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
 _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
@@ -52725,14 +56987,14 @@ _Pragma("pop_macro(\"char8_t\")") _Pragma("pop_macro(\"chdir\")") _Pragma("pop_m
 _Pragma("pop_macro(\"check_text\")") _Pragma("pop_macro(\"check_type\")")
 _Pragma("pop_macro(\"child\")") _Pragma("pop_macro(\"chmod\")") _Pragma("pop_macro(\"clamp\")")
 _Pragma("pop_macro(\"class\")") _Pragma("pop_macro(\"clear\")") _Pragma("pop_macro(\"clearerr\")")
-_Pragma("pop_macro(\"clock\")") _Pragma("pop_macro(\"close\")") _Pragma("pop_macro(\"closedir\")")
-_Pragma("pop_macro(\"code\")") _Pragma("pop_macro(\"cols\")") _Pragma("pop_macro(\"column\")")
-_Pragma("pop_macro(\"columns\")") _Pragma("pop_macro(\"comma\")") _Pragma("pop_macro(\"comment\")")
-_Pragma("pop_macro(\"commit\")") _Pragma("pop_macro(\"common\")") _Pragma("pop_macro(\"compare\")")
-_Pragma("pop_macro(\"complete\")") _Pragma("pop_macro(\"compute\")")
-_Pragma("pop_macro(\"concat\")") _Pragma("pop_macro(\"concept\")")
-_Pragma("pop_macro(\"condition\")") _Pragma("pop_macro(\"config\")")
-_Pragma("pop_macro(\"connect\")") _Pragma("pop_macro(\"const\")")
+_Pragma("pop_macro(\"client\")") _Pragma("pop_macro(\"clock\")") _Pragma("pop_macro(\"close\")")
+_Pragma("pop_macro(\"closedir\")") _Pragma("pop_macro(\"code\")") _Pragma("pop_macro(\"cols\")")
+_Pragma("pop_macro(\"column\")") _Pragma("pop_macro(\"columns\")") _Pragma("pop_macro(\"comma\")")
+_Pragma("pop_macro(\"comment\")") _Pragma("pop_macro(\"commit\")") _Pragma("pop_macro(\"common\")")
+_Pragma("pop_macro(\"compare\")") _Pragma("pop_macro(\"complete\")")
+_Pragma("pop_macro(\"compute\")") _Pragma("pop_macro(\"concat\")")
+_Pragma("pop_macro(\"concept\")") _Pragma("pop_macro(\"condition\")")
+_Pragma("pop_macro(\"config\")") _Pragma("pop_macro(\"connect\")") _Pragma("pop_macro(\"const\")")
 _Pragma("pop_macro(\"const_cast\")") _Pragma("pop_macro(\"constant\")")
 _Pragma("pop_macro(\"constants\")") _Pragma("pop_macro(\"consteval\")")
 _Pragma("pop_macro(\"constexpr\")") _Pragma("pop_macro(\"constinit\")")
@@ -52741,20 +57003,20 @@ _Pragma("pop_macro(\"continue\")") _Pragma("pop_macro(\"control\")") _Pragma("po
 _Pragma("pop_macro(\"cores\")") _Pragma("pop_macro(\"cost\")") _Pragma("pop_macro(\"count\")")
 _Pragma("pop_macro(\"count_of\")") _Pragma("pop_macro(\"cpu\")") _Pragma("pop_macro(\"create\")")
 _Pragma("pop_macro(\"cs\")") _Pragma("pop_macro(\"ctime\")") _Pragma("pop_macro(\"ctype\")")
-_Pragma("pop_macro(\"cur\")") _Pragma("pop_macro(\"current\")") _Pragma("pop_macro(\"custom\")")
-_Pragma("pop_macro(\"cut\")") _Pragma("pop_macro(\"cycle\")") _Pragma("pop_macro(\"d\")")
-_Pragma("pop_macro(\"data\")") _Pragma("pop_macro(\"date\")") _Pragma("pop_macro(\"day\")")
-_Pragma("pop_macro(\"days\")") _Pragma("pop_macro(\"debug\")") _Pragma("pop_macro(\"decltype\")")
-_Pragma("pop_macro(\"default\")") _Pragma("pop_macro(\"delete\")")
-_Pragma("pop_macro(\"deleted\")") _Pragma("pop_macro(\"deprecated\")")
-_Pragma("pop_macro(\"depth\")") _Pragma("pop_macro(\"destroy\")") _Pragma("pop_macro(\"detach\")")
-_Pragma("pop_macro(\"device\")") _Pragma("pop_macro(\"difference\")")
-_Pragma("pop_macro(\"digit\")") _Pragma("pop_macro(\"dim\")") _Pragma("pop_macro(\"dims\")")
-_Pragma("pop_macro(\"dirent\")") _Pragma("pop_macro(\"div\")") _Pragma("pop_macro(\"do\")")
-_Pragma("pop_macro(\"document\")") _Pragma("pop_macro(\"done\")") _Pragma("pop_macro(\"dot\")")
-_Pragma("pop_macro(\"double\")") _Pragma("pop_macro(\"down\")") _Pragma("pop_macro(\"ds\")")
-_Pragma("pop_macro(\"dst\")") _Pragma("pop_macro(\"dup\")") _Pragma("pop_macro(\"dup2\")")
-_Pragma("pop_macro(\"dynamic_cast\")") _Pragma("pop_macro(\"e\")")
+_Pragma("pop_macro(\"cur\")") _Pragma("pop_macro(\"current\")") _Pragma("pop_macro(\"cursor\")")
+_Pragma("pop_macro(\"custom\")") _Pragma("pop_macro(\"cut\")") _Pragma("pop_macro(\"cycle\")")
+_Pragma("pop_macro(\"d\")") _Pragma("pop_macro(\"data\")") _Pragma("pop_macro(\"date\")")
+_Pragma("pop_macro(\"day\")") _Pragma("pop_macro(\"days\")") _Pragma("pop_macro(\"debug\")")
+_Pragma("pop_macro(\"decltype\")") _Pragma("pop_macro(\"default\")")
+_Pragma("pop_macro(\"delete\")") _Pragma("pop_macro(\"deleted\")")
+_Pragma("pop_macro(\"deprecated\")") _Pragma("pop_macro(\"depth\")")
+_Pragma("pop_macro(\"destroy\")") _Pragma("pop_macro(\"detach\")") _Pragma("pop_macro(\"device\")")
+_Pragma("pop_macro(\"difference\")") _Pragma("pop_macro(\"digit\")") _Pragma("pop_macro(\"dim\")")
+_Pragma("pop_macro(\"dims\")") _Pragma("pop_macro(\"dirent\")") _Pragma("pop_macro(\"div\")")
+_Pragma("pop_macro(\"do\")") _Pragma("pop_macro(\"document\")") _Pragma("pop_macro(\"done\")")
+_Pragma("pop_macro(\"dot\")") _Pragma("pop_macro(\"double\")") _Pragma("pop_macro(\"down\")")
+_Pragma("pop_macro(\"ds\")") _Pragma("pop_macro(\"dst\")") _Pragma("pop_macro(\"dup\")")
+_Pragma("pop_macro(\"dup2\")") _Pragma("pop_macro(\"dynamic_cast\")") _Pragma("pop_macro(\"e\")")
 _Pragma("pop_macro(\"eaccess\")") _Pragma("pop_macro(\"each\")") _Pragma("pop_macro(\"echo\")")
 _Pragma("pop_macro(\"eflags\")") _Pragma("pop_macro(\"eight\")") _Pragma("pop_macro(\"else\")")
 _Pragma("pop_macro(\"emit\")") _Pragma("pop_macro(\"empty\")") _Pragma("pop_macro(\"encode\")")
@@ -52856,18 +57118,17 @@ _Pragma("pop_macro(\"max_size\")") _Pragma("pop_macro(\"maybe_unused\")")
 _Pragma("pop_macro(\"mblen\")") _Pragma("pop_macro(\"memccpy\")") _Pragma("pop_macro(\"memcmp\")")
 _Pragma("pop_macro(\"memcpy\")") _Pragma("pop_macro(\"memmove\")") _Pragma("pop_macro(\"memory\")")
 _Pragma("pop_macro(\"mempcpy\")") _Pragma("pop_macro(\"memset\")") _Pragma("pop_macro(\"merge\")")
-_Pragma("pop_macro(\"message\")") _Pragma("pop_macro(\"method\")") _Pragma("pop_macro(\"metric\")")
-_Pragma("pop_macro(\"middle\")") _Pragma("pop_macro(\"min\")") _Pragma("pop_macro(\"minimum\")")
-_Pragma("pop_macro(\"minus\")") _Pragma("pop_macro(\"mix\")") _Pragma("pop_macro(\"mkdir\")")
-_Pragma("pop_macro(\"mktemp\")") _Pragma("pop_macro(\"mktime\")") _Pragma("pop_macro(\"mmap\")")
-_Pragma("pop_macro(\"mode\")") _Pragma("pop_macro(\"mode_t\")") _Pragma("pop_macro(\"model\")")
-_Pragma("pop_macro(\"move\")") _Pragma("pop_macro(\"moved\")") _Pragma("pop_macro(\"ms\")")
-_Pragma("pop_macro(\"munmap\")") _Pragma("pop_macro(\"mutable\")") _Pragma("pop_macro(\"mutex\")")
-_Pragma("pop_macro(\"n\")") _Pragma("pop_macro(\"n_type\")") _Pragma("pop_macro(\"name\")")
-_Pragma("pop_macro(\"namespace\")") _Pragma("pop_macro(\"nan\")")
-_Pragma("pop_macro(\"nanosleep\")") _Pragma("pop_macro(\"new\")") _Pragma("pop_macro(\"newline\")")
-_Pragma("pop_macro(\"next\")") _Pragma("pop_macro(\"no\")") _Pragma("pop_macro(\"node\")")
-_Pragma("pop_macro(\"nodes\")") _Pragma("pop_macro(\"nodiscard\")")
+_Pragma("pop_macro(\"message\")") _Pragma("pop_macro(\"method\")") _Pragma("pop_macro(\"middle\")")
+_Pragma("pop_macro(\"min\")") _Pragma("pop_macro(\"minimum\")") _Pragma("pop_macro(\"minus\")")
+_Pragma("pop_macro(\"mix\")") _Pragma("pop_macro(\"mkdir\")") _Pragma("pop_macro(\"mktemp\")")
+_Pragma("pop_macro(\"mktime\")") _Pragma("pop_macro(\"mmap\")") _Pragma("pop_macro(\"mode\")")
+_Pragma("pop_macro(\"mode_t\")") _Pragma("pop_macro(\"model\")") _Pragma("pop_macro(\"move\")")
+_Pragma("pop_macro(\"moved\")") _Pragma("pop_macro(\"ms\")") _Pragma("pop_macro(\"munmap\")")
+_Pragma("pop_macro(\"mutable\")") _Pragma("pop_macro(\"mutex\")") _Pragma("pop_macro(\"n\")")
+_Pragma("pop_macro(\"n_type\")") _Pragma("pop_macro(\"name\")") _Pragma("pop_macro(\"namespace\")")
+_Pragma("pop_macro(\"nan\")") _Pragma("pop_macro(\"nanosleep\")") _Pragma("pop_macro(\"new\")")
+_Pragma("pop_macro(\"newline\")") _Pragma("pop_macro(\"next\")") _Pragma("pop_macro(\"no\")")
+_Pragma("pop_macro(\"node\")") _Pragma("pop_macro(\"nodes\")") _Pragma("pop_macro(\"nodiscard\")")
 _Pragma("pop_macro(\"noexcept\")") _Pragma("pop_macro(\"noinline\")")
 _Pragma("pop_macro(\"none\")") _Pragma("pop_macro(\"noreturn\")") _Pragma("pop_macro(\"norm\")")
 _Pragma("pop_macro(\"normal\")") _Pragma("pop_macro(\"nothing\")") _Pragma("pop_macro(\"now\")")
@@ -52886,37 +57147,38 @@ _Pragma("pop_macro(\"output\")") _Pragma("pop_macro(\"overflow\")")
 _Pragma("pop_macro(\"override\")") _Pragma("pop_macro(\"p\")") _Pragma("pop_macro(\"p_type\")")
 _Pragma("pop_macro(\"pack\")") _Pragma("pop_macro(\"packed\")") _Pragma("pop_macro(\"pad\")")
 _Pragma("pop_macro(\"page\")") _Pragma("pop_macro(\"pages\")") _Pragma("pop_macro(\"pair\")")
-_Pragma("pop_macro(\"param\")") _Pragma("pop_macro(\"parent\")") _Pragma("pop_macro(\"parse\")")
-_Pragma("pop_macro(\"parser\")") _Pragma("pop_macro(\"part\")") _Pragma("pop_macro(\"path\")")
-_Pragma("pop_macro(\"pattern\")") _Pragma("pop_macro(\"pause\")") _Pragma("pop_macro(\"pending\")")
-_Pragma("pop_macro(\"phase\")") _Pragma("pop_macro(\"pi\")") _Pragma("pop_macro(\"pid_t\")")
-_Pragma("pop_macro(\"piece\")") _Pragma("pop_macro(\"place\")") _Pragma("pop_macro(\"plan\")")
-_Pragma("pop_macro(\"plane\")") _Pragma("pop_macro(\"planes\")") _Pragma("pop_macro(\"plus\")")
-_Pragma("pop_macro(\"point\")") _Pragma("pop_macro(\"pointer\")") _Pragma("pop_macro(\"poll\")")
-_Pragma("pop_macro(\"pop\")") _Pragma("pop_macro(\"port\")") _Pragma("pop_macro(\"position\")")
-_Pragma("pop_macro(\"posix_memalign\")") _Pragma("pop_macro(\"pow\")")
-_Pragma("pop_macro(\"power\")") _Pragma("pop_macro(\"pread\")") _Pragma("pop_macro(\"prefetch\")")
-_Pragma("pop_macro(\"present\")") _Pragma("pop_macro(\"prev\")") _Pragma("pop_macro(\"print\")")
-_Pragma("pop_macro(\"printf\")") _Pragma("pop_macro(\"private\")") _Pragma("pop_macro(\"prompt\")")
-_Pragma("pop_macro(\"property\")") _Pragma("pop_macro(\"protected\")")
-_Pragma("pop_macro(\"protocol\")") _Pragma("pop_macro(\"ptr\")")
-_Pragma("pop_macro(\"ptrdiff_t\")") _Pragma("pop_macro(\"public\")") _Pragma("pop_macro(\"push\")")
-_Pragma("pop_macro(\"put\")") _Pragma("pop_macro(\"putc\")") _Pragma("pop_macro(\"putchar\")")
-_Pragma("pop_macro(\"putenv\")") _Pragma("pop_macro(\"puts\")") _Pragma("pop_macro(\"putwc\")")
-_Pragma("pop_macro(\"putwchar\")") _Pragma("pop_macro(\"pwrite\")") _Pragma("pop_macro(\"q\")")
-_Pragma("pop_macro(\"quad_t\")") _Pragma("pop_macro(\"query\")") _Pragma("pop_macro(\"queue\")")
-_Pragma("pop_macro(\"quote\")") _Pragma("pop_macro(\"r\")") _Pragma("pop_macro(\"raise\")")
-_Pragma("pop_macro(\"random\")") _Pragma("pop_macro(\"range\")") _Pragma("pop_macro(\"rank\")")
-_Pragma("pop_macro(\"rate\")") _Pragma("pop_macro(\"ratio\")") _Pragma("pop_macro(\"raw\")")
-_Pragma("pop_macro(\"read\")") _Pragma("pop_macro(\"readdir\")") _Pragma("pop_macro(\"readv\")")
-_Pragma("pop_macro(\"ready\")") _Pragma("pop_macro(\"real\")") _Pragma("pop_macro(\"realloc\")")
-_Pragma("pop_macro(\"reallocarray\")") _Pragma("pop_macro(\"reason\")")
-_Pragma("pop_macro(\"record\")") _Pragma("pop_macro(\"recv\")") _Pragma("pop_macro(\"recvfrom\")")
-_Pragma("pop_macro(\"recvmsg\")") _Pragma("pop_macro(\"ref\")") _Pragma("pop_macro(\"refresh\")")
-_Pragma("pop_macro(\"refused\")") _Pragma("pop_macro(\"reinterpret_cast\")")
-_Pragma("pop_macro(\"release\")") _Pragma("pop_macro(\"remove\")") _Pragma("pop_macro(\"rename\")")
-_Pragma("pop_macro(\"render\")") _Pragma("pop_macro(\"repeat\")") _Pragma("pop_macro(\"replace\")")
-_Pragma("pop_macro(\"reply\")") _Pragma("pop_macro(\"report\")") _Pragma("pop_macro(\"request\")")
+_Pragma("pop_macro(\"param\")") _Pragma("pop_macro(\"params\")") _Pragma("pop_macro(\"parent\")")
+_Pragma("pop_macro(\"parse\")") _Pragma("pop_macro(\"parser\")") _Pragma("pop_macro(\"part\")")
+_Pragma("pop_macro(\"path\")") _Pragma("pop_macro(\"pattern\")") _Pragma("pop_macro(\"pause\")")
+_Pragma("pop_macro(\"pending\")") _Pragma("pop_macro(\"phase\")") _Pragma("pop_macro(\"pi\")")
+_Pragma("pop_macro(\"pid_t\")") _Pragma("pop_macro(\"piece\")") _Pragma("pop_macro(\"place\")")
+_Pragma("pop_macro(\"plan\")") _Pragma("pop_macro(\"plane\")") _Pragma("pop_macro(\"planes\")")
+_Pragma("pop_macro(\"plus\")") _Pragma("pop_macro(\"point\")") _Pragma("pop_macro(\"pointer\")")
+_Pragma("pop_macro(\"poll\")") _Pragma("pop_macro(\"pop\")") _Pragma("pop_macro(\"port\")")
+_Pragma("pop_macro(\"position\")") _Pragma("pop_macro(\"posix_memalign\")")
+_Pragma("pop_macro(\"pow\")") _Pragma("pop_macro(\"power\")") _Pragma("pop_macro(\"pread\")")
+_Pragma("pop_macro(\"prefetch\")") _Pragma("pop_macro(\"present\")") _Pragma("pop_macro(\"prev\")")
+_Pragma("pop_macro(\"print\")") _Pragma("pop_macro(\"printf\")") _Pragma("pop_macro(\"private\")")
+_Pragma("pop_macro(\"prompt\")") _Pragma("pop_macro(\"property\")")
+_Pragma("pop_macro(\"protected\")") _Pragma("pop_macro(\"protocol\")")
+_Pragma("pop_macro(\"ptr\")") _Pragma("pop_macro(\"ptrdiff_t\")") _Pragma("pop_macro(\"public\")")
+_Pragma("pop_macro(\"push\")") _Pragma("pop_macro(\"put\")") _Pragma("pop_macro(\"putc\")")
+_Pragma("pop_macro(\"putchar\")") _Pragma("pop_macro(\"putenv\")") _Pragma("pop_macro(\"puts\")")
+_Pragma("pop_macro(\"putwc\")") _Pragma("pop_macro(\"putwchar\")") _Pragma("pop_macro(\"pwrite\")")
+_Pragma("pop_macro(\"q\")") _Pragma("pop_macro(\"quad_t\")") _Pragma("pop_macro(\"query\")")
+_Pragma("pop_macro(\"queue\")") _Pragma("pop_macro(\"quote\")") _Pragma("pop_macro(\"r\")")
+_Pragma("pop_macro(\"raise\")") _Pragma("pop_macro(\"random\")") _Pragma("pop_macro(\"range\")")
+_Pragma("pop_macro(\"rank\")") _Pragma("pop_macro(\"rate\")") _Pragma("pop_macro(\"ratio\")")
+_Pragma("pop_macro(\"raw\")") _Pragma("pop_macro(\"read\")") _Pragma("pop_macro(\"readdir\")")
+_Pragma("pop_macro(\"readv\")") _Pragma("pop_macro(\"ready\")") _Pragma("pop_macro(\"real\")")
+_Pragma("pop_macro(\"realloc\")") _Pragma("pop_macro(\"reallocarray\")")
+_Pragma("pop_macro(\"reason\")") _Pragma("pop_macro(\"record\")") _Pragma("pop_macro(\"recv\")")
+_Pragma("pop_macro(\"recvfrom\")") _Pragma("pop_macro(\"recvmsg\")") _Pragma("pop_macro(\"ref\")")
+_Pragma("pop_macro(\"refresh\")") _Pragma("pop_macro(\"refused\")")
+_Pragma("pop_macro(\"reinterpret_cast\")") _Pragma("pop_macro(\"release\")")
+_Pragma("pop_macro(\"remove\")") _Pragma("pop_macro(\"rename\")") _Pragma("pop_macro(\"render\")")
+_Pragma("pop_macro(\"repeat\")") _Pragma("pop_macro(\"replace\")") _Pragma("pop_macro(\"reply\")")
+_Pragma("pop_macro(\"report\")") _Pragma("pop_macro(\"request\")")
 _Pragma("pop_macro(\"requires\")") _Pragma("pop_macro(\"reserve\")")
 _Pragma("pop_macro(\"reserved\")") _Pragma("pop_macro(\"reset\")")
 _Pragma("pop_macro(\"response\")") _Pragma("pop_macro(\"rest\")") _Pragma("pop_macro(\"restore\")")
@@ -53049,8 +57311,8 @@ _Pragma("pop_macro(\"UINT8\")") _Pragma("pop_macro(\"USHORT\")") _Pragma("pop_ma
 _Pragma("pop_macro(\"WORD\")") _Pragma("pop_macro(\"X\")") _Pragma("pop_macro(\"Y\")")
 _Pragma("pop_macro(\"Zone\")") _Pragma("pop_macro(\"a2\")") _Pragma("pop_macro(\"action\")")
 _Pragma("pop_macro(\"arg\")") _Pragma("pop_macro(\"bottom\")") _Pragma("pop_macro(\"callback\")")
-_Pragma("pop_macro(\"color\")") _Pragma("pop_macro(\"crc\")") _Pragma("pop_macro(\"cursor\")")
-_Pragma("pop_macro(\"cy\")") _Pragma("pop_macro(\"dllimport\")") _Pragma("pop_macro(\"errno_t\")")
+_Pragma("pop_macro(\"color\")") _Pragma("pop_macro(\"crc\")") _Pragma("pop_macro(\"cy\")")
+_Pragma("pop_macro(\"dllimport\")") _Pragma("pop_macro(\"errno_t\")")
 _Pragma("pop_macro(\"fract\")") _Pragma("pop_macro(\"func\")") _Pragma("pop_macro(\"gets\")")
 _Pragma("pop_macro(\"hi\")") _Pragma("pop_macro(\"htonl\")") _Pragma("pop_macro(\"htons\")")
 _Pragma("pop_macro(\"iswascii\")") _Pragma("pop_macro(\"keyboard\")") _Pragma("pop_macro(\"len\")")

@@ -848,13 +848,11 @@ int take_turns(Bench& bench) {
     return 0;
 }
 
+constexpr uint32_t most_tokens = 1'000'000;
+
 const char* wrong_setting(const Settings& settings) {
-    if (!settings.threads || settings.threads > 1024) return "--threads: 1 to 1024";
-    if (!settings.columns || settings.columns > 512) return "--columns: 1 to 512";
-    if (!settings.repeat) return "--repeat: at least 1";
-    uint32_t longest = std::max(settings.prompt, settings.decode);
-    for (uint32_t depth : settings.depths.values) longest = std::max(longest, depth);
-    if (longest > 1'000'000) return "--prompt, --decode, --depth: at most 1000000";
+    for (uint32_t depth : settings.depths.values)
+        if (depth > most_tokens) return "--depth: at most 1000000";
     return nullptr;
 }
 
@@ -868,17 +866,24 @@ int main(int argc, char** argv) {
                          "could do.\nWith --prompt 0 --decode 0 only the start.");
     flags.add("model", "FILE", &settings.model,
               "a GGUF file (default: what fetch_model.py brought)");
-    flags.add("threads", "N", &settings.threads, "threads in all (default: physical cores)");
-    flags.add("prompt", "P", &settings.prompt, "prefill so many tokens (default: 512)");
-    flags.add("decode", "N", &settings.decode, "decode so many, one by one (default: 64)");
+    flags.add("threads", "N", &settings.threads, "in all (default: physical cores)")
+        .within(1, example::most_threads)
+        .shows([] { return std::to_string(valar::physical_cores()); });
+    flags.add("prompt", "P", &settings.prompt, "prefill so many tokens (default: 512)")
+        .within(0, most_tokens);
+    flags.add("decode", "N", &settings.decode, "decode so many, one by one (default: 64)")
+        .within(0, most_tokens);
     flags.add("depth", "D[,D...]", &settings.depths,
               "after so many tokens, each in turn (default: 0)");
-    flags.add("columns", "N", &settings.columns,
-              "decode 2, 4, 8 ... N sequences at once, too (default: 16)");
+    flags
+        .add("columns", "N", &settings.columns,
+             "decode 2, 4, 8 ... N sequences at once, too (default: 16)")
+        .within(1, 512);
     flags.add("precision", "fast|fine", &settings.precision, "default: fast");
     flags.add("kv", "f16|f32|q8_0", &settings.kv_type,
               "how keys and values are kept (default: f16)");
-    flags.add("repeat", "R", &settings.repeat, "rounds; medians are shown (default: 5)");
+    flags.add("repeat", "R", &settings.repeat, "rounds; medians are shown (default: 5)")
+        .within(1, UINT32_MAX);
     flags.add("stream-mib", "M", &settings.stream_mib,
               "measure bandwidth over so much memory; 0: no limits (default: 1024)");
     flags.add("json", &settings.json, "print {machine, limits, results: [...]}");

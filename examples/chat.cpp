@@ -76,17 +76,21 @@ int main(int argc, char** argv) {
     example::Flags flags("chat",
                          "A conversation in the terminal. Ctrl-C cancels a reply, Ctrl-D ends.");
     flags.add("instructions", "TEXT", &request.instructions, "what the model is to be");
-    flags.add("temperature", "0..2", &request.temperature,
-              "0: always the likeliest word (default: 0.5)");
-    flags.add("max-output-tokens", "N", &request.max_output_tokens,
-              "the longest reply (default: 500)");
+    flags
+        .add("temperature", "0..2", &request.temperature,
+             "0: always the likeliest word (default: 0.5)")
+        .within(0, 2);
+    flags
+        .add("max-output-tokens", "N", &request.max_output_tokens,
+             "the longest reply (default: 500)")
+        .within(1, UINT32_MAX);
     flags.add("seed", "N", &request.seed, "the same seed, the same answers");
     example::add_model_flags(flags, options);
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
 
     options.log.write = example::print_log;  // among it: which context, and why
     auto engine = example::open_engine(options);
-    if (!engine) return example::fail(engine.error().message);
+    if (!engine) return flags.fail(engine.error());
     std::signal(SIGINT, on_interrupt);
 
     std::vector<valar::Item>& turns = request.input.items;

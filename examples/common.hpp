@@ -4,6 +4,7 @@
 #define VALAR_EXAMPLES_COMMON_HPP
 
 #include <algorithm>
+#include <cctype>
 #include <cerrno>
 #include <cmath>
 #include <cstdint>
@@ -34,6 +35,7 @@
 #endif
 #else
 #include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 #endif
 
@@ -80,6 +82,7 @@ inline bool read_value(const std::string& text, uint64_t* out) {
     int64_t count = 0;
     if (!read_value(shift ? text.substr(0, text.size() - 1) : text, &count)) return false;
     if (count < 0 || count > std::numeric_limits<int64_t>::max() >> shift) return false;
+    if (count == 0 && shift) return false;  // 0 alone may mean something
     *out = static_cast<uint64_t>(count) << shift;
     return true;
 }
@@ -113,8 +116,11 @@ bool read_name(const std::string& text, const char* const (&names)[count], Value
     return found != std::end(names);
 }
 inline bool read_value(const std::string& text, bool* out) {
-    constexpr const char* names[] = {"off", "on"};
-    return read_name(text, names, out);
+    constexpr const char* names[] = {"off", "on", "false", "true"};
+    int place = 0;
+    const bool known = read_name(text, names, &place);
+    *out = place & 1;
+    return known;
 }
 inline bool read_value(const std::string& text, valar::Precision* out) {
     constexpr const char* names[] = {"fast", "fine"};
@@ -126,6 +132,10 @@ inline bool read_value(const std::string& text, valar::KvType* out) {
 }
 inline bool read_value(const std::string& text, valar::Weights* out) {
     constexpr const char* names[] = {"packed", "mapped"};
+    return read_name(text, names, out);
+}
+inline bool read_value(const std::string& text, valar::WebhookPolicy* out) {
+    constexpr const char* names[] = {"auto", "any", "loopback", "public"};
     return read_name(text, names, out);
 }
 inline bool read_value(const std::string& text, valar::Dialect* out) {
@@ -163,6 +173,30 @@ inline size_t edit_distance(std::string_view a, std::string_view b) {
     return row[b.size()];
 }
 
+/// The least and the most that a number may be, as it stands on the command line.
+struct Range {
+    double least = -HUGE_VAL, most = HUGE_VAL;
+    bool unlimited() const { return std::isinf(least); }
+    bool holds(double number) const { return number >= least && number <= most; }
+    std::string shown() const {
+        char text[64];
+        std::snprintf(text, sizeof text, std::isinf(most) ? "%.10g or more" : "%.10g..%.10g", least,
+                      most);
+        return text;
+    }
+};
+template <class T>
+constexpr Range range_of(const T*) {
+    if constexpr (std::is_integral_v<T> && sizeof(T) < 8 && !std::is_same_v<T, bool>)
+        return {std::numeric_limits<T>::min(), std::numeric_limits<T>::max()};
+    return {};
+}
+constexpr Range range_of(const Duration*) { return {0, UINT32_MAX / 1000}; }
+template <class T>
+constexpr Range range_of(const std::optional<T>*) {
+    return range_of(static_cast<const T*>(nullptr));
+}
+
 template <class T>
 constexpr bool takes_many = false;
 template <class T>
@@ -177,35 +211,40 @@ public:
         hold_standard_streams();
     }
 
+    struct Flag;
+
     /// --name VALUE, or --name=VALUE; `value` is how the help calls it. `option` is what the
     /// library calls it in its errors, where that is not the name.
     template <class T>
-    void add(const char* name, const char* value, T* out, const char* help,
-             const char* option = "") {
+    Flag& add(const char* name, const char* value, T* out, const char* help,
+              const char* option = "") {
         const auto read = [](const std::string& text, void* to) {
             return read_value(text, static_cast<T*>(to));
         };
-        flags_.push_back({name, value, help, option, out, read, takes_many<T>});
+        return flags_.emplace_back(
+            Flag{name, value, help, option, out, read, range_of(out), takes_many<T>});
     }
-    /// The same for a number whose unit on the command line is so many of the variable's.
-    template <int64_t unit, class T>
-    void add_in(const char* name, const char* value, T* out, const char* help, const char* option) {
+    /// The same for a number that becomes the variable times `unit`, and `offset` more.
+    template <int64_t unit, int64_t offset = 0, class T>
+    Flag& add_in(const char* name, const char* value, T* out, const char* help,
+                 const char* option = "") {
         const auto read = [](const std::string& text, void* to) {
             int64_t count = 0;
             if (!read_value(text, &count) || count < 0) return false;
             if (count > std::numeric_limits<int64_t>::max() / unit) return false;
-            if (!std::in_range<T>(count * unit)) return false;
-            *static_cast<T*>(to) = static_cast<T>(count * unit);
+            if (!std::in_range<T>(count * unit + offset)) return false;
+            *static_cast<T*>(to) = static_cast<T>(count * unit + offset);
             return true;
         };
-        flags_.push_back({name, value, help, option, out, read, false});
+        const Range range{0, static_cast<double>(std::numeric_limits<T>::max() / unit)};
+        return flags_.emplace_back(Flag{name, value, help, option, out, read, range, false});
     }
-    /// --name alone.
-    void add(const char* name, bool* out, const char* help, const char* option = "") {
-        const auto read = [](const std::string&, void* to) {
-            return *static_cast<bool*>(to) = true;
+    /// --name alone, or --name=false and --name=true.
+    Flag& add(const char* name, bool* out, const char* help, const char* option = "") {
+        const auto read = [](const std::string& text, void* to) {
+            return read_value(text.empty() ? "true" : text, static_cast<bool*>(to));
         };
-        flags_.push_back({name, "", help, option, out, read, false});
+        return flags_.emplace_back(Flag{name, "", help, option, out, read, {}, false});
     }
     /// The flags that were added so far make a set, which `name`, one of them, begins: all may come
     /// once more behind it. `next` is called before each set is read.
@@ -220,13 +259,78 @@ public:
         word_ = out;
     }
 
+    /// What --help ends with.
+    void add_note(const char* note) { note_ = note; }
+
     /// Nothing: go on. Else the exit code: after --help, or after a mistake that was explained.
     std::optional<int> parse(int argc, char** argv) {
-        const std::vector<std::string> words = arguments(argc, argv);
+        bool help = false;
+        const std::string wrong = take(arguments(argc, argv), &help);
+        if (help) return print_help();
+        if (!wrong.empty()) return mistake(wrong);
+        return std::nullopt;
+    }
+
+    /// Was it on the command line?
+    bool given(const std::string& name) const {
+        for (const Flag& flag : flags_)
+            if (name == flag.name) return flag.given;
+        return false;
+    }
+    /// Says what the library refused; the exit code.
+    int fail(const valar::Error& error) const {
+        std::fprintf(stderr, "%s\n", explain(error).c_str());
+        return 1;
+    }
+    /// What the library refused, by the flags that set it.
+    std::string explain(const valar::Error& error) const {
+        const std::string name = error.param.empty() ? "" : names_of(error.param);
+        std::string text = error.message;
+        if (!name.empty() && text.rfind(error.param + ": ", 0) == 0)
+            text.erase(0, error.param.size() + 2);
+        return name + (name.empty() ? "" : ": ") + in_flags(text);
+    }
+
+    struct Flag {
+        const char* name;
+        const char* value;
+        const char* help;
+        const char* option;
+        void* out;
+        bool (*read)(const std::string& text, void* out);
+        Range range;
+        bool repeatable;
+        bool given = false;
+        std::function<std::string()> here = nullptr;
+
+        /// What its number may be, as it stands on the command line.
+        Flag& within(double least, double most = HUGE_VAL) {
+            range = {least, most};
+            return *this;
+        }
+        /// The help says, too, what the default is on this machine.
+        Flag& shows(std::function<std::string()> default_here) {
+            here = std::move(default_here);
+            return *this;
+        }
+        std::string option_name() const {
+            std::string own = *option ? option : name;
+            std::replace(own.begin(), own.end(), '-', '_');
+            return own;
+        }
+    };
+
+private:
+    // Takes all words; what is wrong with the first that is, else nothing. Behind --help go on: what
+    // a default is may depend on other flags.
+    std::string take(const std::vector<std::string>& words, bool* help) {
         for (size_t i = 0; i < words.size(); ++i) {
-            if (words[i] == "--help" || words[i] == "-h") return print_help();
+            if (words[i] == "--help" || words[i] == "-h") {
+                *help = true;
+                continue;
+            }
             if (words[i].empty() || words[i][0] != '-') {
-                if (!word_) return mistake("unexpected '" + words[i] + "'");
+                if (!word_) return "unexpected '" + words[i] + "'";
                 *std::exchange(word_, nullptr) = words[i];
                 continue;
             }
@@ -239,38 +343,10 @@ public:
             else if (*flag->value && i + 1 < words.size() && words[i + 1].rfind("--", 0) != 0)
                 value = words[++i];
             if (flag->name == set_name_) begin_set();
-            if (const auto wrong = read(*flag, name, value); !wrong.empty()) return mistake(wrong);
+            if (std::string wrong = read(*flag, name, value); !wrong.empty()) return wrong;
         }
-        return std::nullopt;
+        return {};
     }
-
-    /// Was it on the command line?
-    bool given(const std::string& name) const {
-        for (const Flag& flag : flags_)
-            if (name == flag.name) return flag.given;
-        return false;
-    }
-    /// Says what the library refused, by the flag that set it; the exit code.
-    int fail(const valar::Error& error) const {
-        const std::string name = error.param.empty() ? "" : names_of(error.param);
-        std::string text = error.message;
-        if (!name.empty() && text.rfind(error.param + ": ", 0) == 0)
-            text.erase(0, error.param.size() + 2);
-        std::fprintf(stderr, "%s%s%s\n", name.c_str(), name.empty() ? "" : ": ", text.c_str());
-        return 1;
-    }
-
-private:
-    struct Flag {
-        const char* name;
-        const char* value;
-        const char* help;
-        const char* option;
-        void* out;
-        bool (*read)(const std::string& text, void* out);
-        bool repeatable;
-        bool given = false;
-    };
 
     void begin_set() {
         for (size_t i = 0; i < set_size_; ++i) flags_[i].given = false;
@@ -281,25 +357,48 @@ private:
     static std::string read(Flag& flag, const std::string& name,
                             const std::optional<std::string>& value) {
         if (std::exchange(flag.given, true) && !flag.repeatable) return name + " is given twice";
-        if (!*flag.value && value) return name + " takes no value";
         if (*flag.value && !value) return name + " needs " + flag.value;
+        const std::string wanted = *flag.value ? flag.value : "true or false";
         if (value && value->find_first_not_of(" \t\r\n\v\f") == value->npos)
-            return name + " needs " + flag.value + ", which is empty here";
-        if (!flag.read(value.value_or(""), flag.out))
-            return name + ": '" + *value + "' is not " + flag.value;
-        return {};
+            return name + " needs " + wanted + ", which is empty here";
+        double number = 0;
+        const bool beyond = value && read_value(*value, &number) && !flag.range.holds(number);
+        if (!beyond && flag.read(value.value_or(""), flag.out)) return {};
+        return name + ": '" + *value + "' is not " + wanted +
+               (flag.range.unlimited() ? "" : ": " + flag.range.shown());
     }
     // The flags that set an option of the library: of several those that were given.
     std::string names_of(const std::string& option) const {
         std::string all;
         for (const bool only_given : {true, false})
             for (const Flag& flag : flags_) {
-                std::string own = *flag.option ? flag.option : flag.name;
-                std::replace(own.begin(), own.end(), '-', '_');
-                if (own != option || (only_given ? !flag.given : !all.empty())) continue;
+                if (flag.option_name() != option || (only_given ? !flag.given : !all.empty()))
+                    continue;
                 all += (all.empty() ? "--" : ", --") + std::string(flag.name);
             }
         return all;
+    }
+    // A text of the library's, with flags for the options that it names. One that is a plain word
+    // ("keys") may mean the thing itself.
+    std::string in_flags(std::string text) const {
+        for (const Flag& flag : flags_) {
+            const std::string option = flag.option_name();
+            if (option.find('_') == option.npos) continue;
+            const std::string own = std::string("--") + flag.name;
+            for (size_t at = 0; (at = text.find(option, at)) != text.npos;) {
+                const bool whole = !is_in_word(text, at, option.size());
+                if (whole) text.replace(at, option.size(), own);
+                at += whole ? own.size() : option.size();
+            }
+        }
+        return text;
+    }
+    static bool is_in_word(const std::string& text, size_t at, size_t size) {
+        const auto letter = [](char c) {
+            return std::isalnum(static_cast<unsigned char>(c)) || c == '_';
+        };
+        return (at > 0 && letter(text[at - 1])) ||
+               (at + size < text.size() && letter(text[at + size]));
     }
 
     // In UTF-8 on every system; on Windows main's own are not.
@@ -331,25 +430,34 @@ private:
         std::fprintf(stderr, "%s: %s (see --help)\n", program_.c_str(), text.c_str());
         return 2;
     }
-    int unknown(const std::string& name) const {
+    std::string unknown(const std::string& name) const {
         std::string nearest = "--help";
         for (const Flag& flag : flags_) {
             const std::string candidate = std::string("--") + flag.name;
             if (edit_distance(name, candidate) < edit_distance(name, nearest)) nearest = candidate;
         }
-        return mistake("there is no " + name + "; did you mean " + nearest + "?");
+        const bool slip = edit_distance(name, nearest) <= 2;  // of the hand
+        return "there is no " + name + (slip ? "; did you mean " + nearest + "?" : "");
+    }
+    static std::string help_of(const Flag& flag) {
+        std::string help = flag.help;
+        const std::string here = flag.here ? flag.here() : "";
+        if (!here.empty() && help.back() == ')') help.insert(help.size() - 1, "; here: " + here);
+        return help;
     }
     int print_help() const {
         std::printf("%s [flags]%s%s\n\n%s\n\n", program_.c_str(), *word_name_ ? " " : "",
                     word_name_, summary_.c_str());
         for (const Flag& flag : flags_)
             std::printf("  --%-30s %s\n", (std::string(flag.name) + " " + flag.value).c_str(),
-                        flag.help);
+                        help_of(flag).c_str());
         std::printf("  --%-30s %s\n", "help", "shows this");
+        if (*note_) std::printf("\n%s\n", note_);
         return 0;
     }
 
     std::string program_, summary_;
+    const char* note_ = "";
     std::vector<Flag> flags_;
     std::string set_name_;
     size_t set_size_ = 0;
@@ -359,30 +467,6 @@ private:
 };
 
 // ---- The model -------------------------------------------------------------------------------
-
-/// Flags that every program with a model has.
-/// The default model is small enough to afford `fine`.
-inline void add_model_flags(Flags& flags, valar::EngineOptions& options) {
-    options.precision = valar::Precision::fine;
-    flags.add("model", "FILE", &options.model_path,
-              "a GGUF file (default: what fetch_model.py brought)", "model_path");
-    flags.add("threads", "N", &options.threads, "helpers beside the caller (default: cores - 1)");
-    flags.add("ctx", "TOKENS", &options.context_tokens,
-              "prompt and answer at most (default: the model's own, as memory allows)",
-              "context_tokens");
-    flags.add("weights", "packed|mapped", &options.weights,
-              "mapped: no private copy, slower (default: packed)");
-    flags.add("memory", "BYTES", &options.memory_limit,
-              "weights, keys and values at most: 600M, 2G (default: two full contexts, or what "
-              "memory allows)",
-              "memory_limit");
-    flags.add("parallel", "N", &options.max_running, "requests side by side (default: 16)",
-              "max_running");
-    flags.add("precision", "fast|fine", &options.precision,
-              "fast: less exact, quicker with long prompts (default: fine)");
-    flags.add("kv-type", "f16|f32|q8_0", &options.kv_type,
-              "how keys and values are kept; q8_0: in half the memory (default: f16)");
-}
 
 inline std::string environment(const char* name) {
     const char* value = std::getenv(name);
@@ -403,6 +487,60 @@ inline std::string cached_model() {
     folder += "/valar/";
 #endif
     return folder + "SmolLM2-135M-Instruct.Q4_1.gguf";
+}
+
+/// How much these options are here: a context, and all memory of the plan. Empty without a model.
+inline std::string default_context(valar::EngineOptions options) {
+    if (options.model_path.empty()) options.model_path = cached_model();
+    options.log.write = [](void*, valar::LogLevel, std::string_view) {};
+    auto engine = valar::Engine::begin_open(options);
+    return engine ? std::to_string(engine->responder()->models().front().context_tokens) : "";
+}
+inline std::string default_memory(valar::EngineOptions options) {
+    if (options.model_path.empty()) options.model_path = cached_model();
+    const auto plan = valar::Engine::memory_plan(options);
+    return plan ? std::to_string(plan->total() >> 20) + "M" : "";
+}
+constexpr double most_threads = 1024;
+
+/// Flags that every program with a model has.
+/// The default model is small enough to afford `fine`.
+inline void add_model_flags(Flags& flags, valar::EngineOptions& options) {
+    options.precision = valar::Precision::fine;
+    flags.add("model", "FILE", &options.model_path,
+              "a GGUF file (default: what fetch_model.py brought)", "model_path");
+    // The library counts helpers beside the caller.
+    flags.add_in<1, -1>("threads", "N", &options.threads, "in all (default: physical cores)")
+        .within(1, most_threads)
+        .shows([] { return std::to_string(valar::physical_cores()); });
+    flags
+        .add("ctx", "TOKENS", &options.context_tokens,
+             "prompt and answer at most (default: the model's own, as memory allows)",
+             "context_tokens")
+        .shows([&options] { return default_context(options); });
+    flags.add("weights", "packed|mapped", &options.weights,
+              "mapped: no private copy, slower (default: packed)");
+    flags
+        .add("memory", "BYTES", &options.memory_limit,
+             "weights, keys and values at most: 600M, 2G (default: two full contexts, or what "
+             "memory allows)",
+             "memory_limit")
+        .shows([&options] { return default_memory(options); });
+    flags
+        .add("parallel", "N", &options.max_running, "requests side by side (default: 16)",
+             "max_running")
+        .shows([usual = options.max_running] { return std::to_string(usual); });
+    flags.add("precision", "fast|fine", &options.precision,
+              "fast: less exact, quicker with long prompts (default: fine)");
+    flags.add("kv-type", "f16|f32|q8_0", &options.kv_type,
+              "how keys and values are kept; q8_0: in half the memory (default: f16)");
+}
+
+/// What programs with a loop of frames have, too.
+inline void add_budget_flag(Flags& flags, int* budget_us) {
+    flags
+        .add("budget", "US", budget_us, "of each frame for the model, microseconds (default: 2000)")
+        .within(0, INT32_MAX);
 }
 
 /// A small file as it is. Not one that would make us wait (a pipe) or that never ends (a device).
@@ -444,6 +582,17 @@ inline bool is_terminal(FILE* file) {
 #endif
 }
 
+/// Whether a few lines can be printed to it now, without waiting for who reads them.
+inline bool takes_some(FILE* file) {
+#if defined(_WIN32)
+    (void)file;
+    return true;
+#else
+    pollfd one = {fileno(file), POLLOUT, 0};
+    return ::poll(&one, 1, 1000) > 0 && (one.revents & POLLERR) == 0;
+#endif
+}
+
 /// Whether stdout is a terminal that knows "\x1b[2m" and its kin.
 inline bool shows_colours() {
     if (!is_terminal(stdout)) return false;
@@ -466,9 +615,9 @@ inline void print_warning(void*, valar::LogLevel level, std::string_view line) {
     std::fprintf(stderr, "%.*s\n", static_cast<int>(line.size()), line.data());
 }
 
-/// Opens the engine, with a progress line where somebody is looking; its warnings go to stderr.
+/// Begins to open the engine; step() then loads it. Its warnings go to stderr.
 /// Without a model_path the model that fetch_model.py brought is taken.
-inline valar::Result<valar::Engine> open_engine(valar::EngineOptions options) {
+inline valar::Result<valar::Engine> begin_open_engine(valar::EngineOptions options) {
     if (!options.log.write) options.log.write = print_warning;
     const bool by_default = options.model_path.empty();
     if (by_default) options.model_path = cached_model();
@@ -477,15 +626,30 @@ inline valar::Result<valar::Engine> open_engine(valar::EngineOptions options) {
         engine.error().message =
             "no model: pass --model FILE, or get a small one (98 MB) with\n"
             "    python3 examples/fetch_model.py";
+    return engine;
+}
+
+/// Loads it while `go_on` says so, with a progress line where somebody is looking.
+template <class GoOn>
+valar::Result<void> load_engine(valar::Engine& engine, GoOn go_on) {
     const bool show = is_terminal(stderr);
-    while (engine && !engine->is_loaded()) {
-        auto more = engine->step(50'000);
-        if (!more) engine = more.error();
+    valar::Result<void> loaded;
+    while (loaded && !engine.is_loaded() && go_on()) {
+        auto more = engine.step(50'000);
+        if (!more) loaded = more.error();
         else if (show)
             std::fprintf(stderr, "\rloading %3.0f %%",
-                         100.0 * static_cast<double>(engine->load_progress()));
+                         100.0 * static_cast<double>(engine.load_progress()));
     }
     if (show) std::fprintf(stderr, "\r%16s\r", "");
+    return loaded;
+}
+
+/// Opens the engine, as begin_open_engine() does, and loads it.
+inline valar::Result<valar::Engine> open_engine(valar::EngineOptions options) {
+    auto engine = begin_open_engine(std::move(options));
+    if (!engine) return engine;
+    if (auto loaded = load_engine(*engine, [] { return true; }); !loaded) return loaded.error();
     return engine;
 }
 

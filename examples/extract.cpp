@@ -84,7 +84,7 @@ int main(int argc, char** argv) {
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
 
     auto engine = example::open_engine(options);
-    if (!engine) return example::fail(engine.error().message);
+    if (!engine) return flags.fail(engine.error());
     const auto order = read_order(*engine, text);
     if (!order) return example::fail(order.error().message);
     std::printf("customer: %s\n%d x %s, %s%s\n", order->customer.c_str(),

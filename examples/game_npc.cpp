@@ -99,20 +99,19 @@ int main(int argc, char** argv) {
     valar::EngineOptions options;
     int budget_us = 2000, seconds = 30, hertz = 60;
     example::Flags flags("game_npc", "Three characters talk inside a loop of 60 frames a second.");
-    flags.add("budget", "US", &budget_us,
-              "of each frame for the model, microseconds (default: 2000)");
-    flags.add("seconds", "N", &seconds, "how long the game lasts (default: 30)");
-    flags.add("hertz", "N", &hertz, "frames a second; 0: as fast as it goes (default: 60)");
+    example::add_budget_flag(flags, &budget_us);
+    flags.add("seconds", "N", &seconds, "how long the game lasts (default: 30)")
+        .within(1, INT32_MAX);
+    flags.add("hertz", "N", &hertz, "frames a second; 0: as fast as it goes (default: 60)")
+        .within(0, INT32_MAX);
     options.context_tokens = 1024;  // a game says how much memory it gives
     options.max_running = 3;
     options.step_tokens = 64;
     example::add_model_flags(flags, options);
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
-    if (seconds < 1 || hertz < 0)
-        return example::fail("seconds must be positive, hertz not below 0");
 
     auto engine = example::open_engine(options);
-    if (!engine) return example::fail(engine.error().message);
+    if (!engine) return flags.fail(engine.error());
 
     Character characters[] = {
         {"Brom", *engine, "You are Brom, a gruff blacksmith in a small mountain town."},

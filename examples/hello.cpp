@@ -14,12 +14,13 @@ int main(int argc, char** argv) {
     uint32_t max_tokens = 200;
     example::Flags flags("hello", "Loads a model and asks it one question.");
     flags.add_word("[QUESTION]", &question);
-    flags.add("max-output-tokens", "N", &max_tokens, "the longest answer (default: 200)");
+    flags.add("max-output-tokens", "N", &max_tokens, "the longest answer (default: 200)")
+        .within(1, UINT32_MAX);
     example::add_model_flags(flags, options);
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
 
     auto engine = example::open_engine(options);
-    if (!engine) return example::fail(engine.error().message);
+    if (!engine) return flags.fail(engine.error());
 
     valar::Reply reply = engine->submit(
         {.input = question, .max_output_tokens = max_tokens, .temperature = 0});

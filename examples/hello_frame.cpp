@@ -30,13 +30,12 @@ int main(int argc, char** argv) {
     int budget_us = 2000;
     example::Flags flags("hello_frame",
                          "Asks a question from inside a loop of 60 frames a second.");
-    flags.add("budget", "US", &budget_us,
-              "of each frame for the model, microseconds (default: 2000)");
+    example::add_budget_flag(flags, &budget_us);
     example::add_model_flags(flags, options);
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
 
     auto engine = example::open_engine(options);
-    if (!engine) return example::fail(engine.error().message);
+    if (!engine) return flags.fail(engine.error());
 
     valar::Reply reply = engine->submit(
         {.instructions = "You are a gruff blacksmith. Answer briefly.",

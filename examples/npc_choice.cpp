@@ -83,15 +83,14 @@ int main(int argc, char** argv) {
     options.max_running = 1;
     options.step_tokens = 32;
     example::Flags flags("npc_choice", "A guard decides inside a loop of 60 frames a second.");
-    flags.add("budget", "US", &budget_us,
-              "of each frame for the model, microseconds (default: 2000)");
-    flags.add("rounds", "N", &rounds, "how often everything happens (default: 2)");
+    example::add_budget_flag(flags, &budget_us);
+    flags.add("rounds", "N", &rounds, "how often everything happens (default: 2)")
+        .within(1, INT32_MAX);
     example::add_model_flags(flags, options);
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
-    if (rounds < 1) return example::fail("rounds must be positive");
 
     auto engine = example::open_engine(options);
-    if (!engine) return example::fail(engine.error().message);
+    if (!engine) return flags.fail(engine.error());
 
     World world;
     valar::Reply reply;

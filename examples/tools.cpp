@@ -100,7 +100,7 @@ int main(int argc, char** argv) {
     auto tools = declared_tools();
     if (!tools) return example::fail(tools.error().message);
     auto engine = example::open_engine(options);
-    if (!engine) return example::fail(engine.error().message);
+    if (!engine) return flags.fail(engine.error());
 
     valar::Request request;
     request.input.items = {valar::Item::message(valar::Role::user, question)};

@@ -487,8 +487,12 @@ Fault read_format(const Json& form, const std::string& path, bool custom, Format
         if (type.as_string() == row.name) return row.read(form, path, out);
         names.push_back(row.name);
     }
-    return check_choice(type, path + ".type", names,
-                        type.as_string() == "json_object" ? "unsupported_value" : "invalid_value");
+    if (!custom && type.as_string() == "json_object")
+        return api_error("unsupported_value", path + ".type",
+                         "'" + path +
+                             ".type': \"json_object\" is not supported: send \"json_schema\" with "
+                             "the schema {\"type\": \"object\"}");
+    return check_choice(type, path + ".type", names);
 }
 
 }  // namespace
@@ -569,13 +573,14 @@ Json write_reasoning(const Request& request) {
 
 // ---- Tools -------------------------------------------------------------------------------------
 
-// Tools that are known, and none of ours: that a server runs by itself, or a client in a way of its own.
-constexpr std::string_view server_tools[] = {"web_search",       "web_search_preview",
-                                             "file_search",      "code_interpreter",
-                                             "image_generation", "mcp"};
-constexpr std::string_view client_tools[] = {"computer",    "computer_use", "computer_use_preview",
-                                             "local_shell", "shell",        "apply_patch",
-                                             "namespace",   "tool_search"};
+// Tools that are known, and none of ours. The openai dialect refuses those that a server would have to
+// run, and ignores the others, among them the search that Codex declares unasked.
+constexpr std::string_view server_tools[] = {"file_search", "code_interpreter", "image_generation",
+                                             "mcp"};
+constexpr std::string_view client_tools[] = {"web_search",   "web_search_preview",   "computer",
+                                             "computer_use", "computer_use_preview", "local_shell",
+                                             "shell",        "apply_patch",          "namespace",
+                                             "tool_search"};
 
 bool is_one_of(std::string_view type, std::span<const std::string_view> types) {
     return std::find(types.begin(), types.end(), type) != types.end();
@@ -827,16 +832,24 @@ Json doc_seed(Dialect) {
 
 Json write_seed(const Request& request) { return request.seed ? Json(*request.seed) : Json(); }
 
-// A switch that has one legal position.
-Fault fixed_switch(const Json& value, const char* path, bool position) {
+constexpr const char* in_openai_dialect =
+    " is not supported in this dialect: start the server with --dialect openai "
+    "(in C++ ServerOptions::dialect)";
+
+// A switch that has one legal position here.
+Fault fixed_switch(const Json& value, const char* path, bool position, const char* instead) {
     if (Fault fault = check_bool(value, path)) return fault;
     if (value.as_bool() == position) return {};
-    return api_wrong_value("unsupported_value", path, position ? "true" : "false", value);
+    return api_error(
+        "unsupported_value", path,
+        join({"'", path, "': ", position ? "false" : "true", in_openai_dialect, instead}));
 }
 Json doc_switch(bool position) {
     return doc_type("boolean").set("enum", Json::array().push(position));
 }
-Fault field_store(const Json& value, Request*) { return fixed_switch(value, "store", true); }
+Fault field_store(const Json& value, Request*) {
+    return fixed_switch(value, "store", true, ", or DELETE the response once it is read");
+}
 Fault openai_store(const Json& value, Request* request) {
     request->store = value.as_bool();
     return check_bool(value, "store");
@@ -875,7 +888,11 @@ Json write_conversation(const Request& request) {
     return request.conversation.empty() ? Json() : Json(request.conversation);
 }
 
-Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
+Fault field_stream(const Json& value, Request*) {
+    return fixed_switch(value, "stream", false,
+                        ", or ask with 'background': true and poll GET /v1/responses/{id}; POST "
+                        "/v1/chat/completions streams in both");
+}
 Fault openai_stream(const Json& value, Request* request) {
     request->stream = value.as_bool();
     return check_bool(value, "stream");
@@ -926,9 +943,8 @@ Fault check_metadata(const std::string& key, const Json& value) {
             "string_above_max_length", "metadata",
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
-    if (key == "completion_webhook") return api_unsupported("unsupported_parameter", path);
     if (key == kWindowKey) return check_choice(value, path, kWindowNames);
-    if (key != "webhook_token") return {};
+    if (key != kWebhookTokenKey) return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
                                    [](char c) { return c > ' ' && c < 127; });
@@ -958,8 +974,8 @@ Json doc_metadata(Dialect) {
         .set("propertyNames", doc_text(0, metadata_max_key))
         .set("properties", Json::object()
                                .set(kWindowKey, doc_words(kWindowNames))
-                               .set("webhook_token", token)
-                               .set("completion_webhook", false))
+                               .set(kWebhookKey, doc_text(0, metadata_max_value))
+                               .set(kWebhookTokenKey, token))
         .set("additionalProperties", doc_text(0, metadata_max_value));
 }
 
@@ -977,22 +993,34 @@ constexpr std::string_view refused_includes[] = {
     "code_interpreter_call.outputs", "computer_call_output.output.image_url",
     "file_search_call.results"};
 
-Fault field_include(const Json& value, Request* request) {
+// Codex always asks for the first: the openai dialect takes that, for thoughts are in the clear here.
+std::span<const std::string_view> refused_in(Dialect dialect) {
+    return std::span(refused_includes).subspan(dialect == Dialect::openai ? 1 : 0);
+}
+
+Fault read_include(const Json& value, Dialect dialect, Request* request) {
     if (!value.is_array()) return api_wrong_type("include", "an array", value);
+    const auto refused = refused_in(dialect);
     for (size_t i = 0; i < value.size(); ++i) {
         const std::string path = api_index("include", i);
         if (!value[i].is_string()) return api_wrong_type(path, "a string", value[i]);
         const std::string_view name = value[i].as_string();
-        if (std::find(std::begin(refused_includes), std::end(refused_includes), name) !=
-            std::end(refused_includes))
+        if (std::find(refused.begin(), refused.end(), name) != refused.end())
             return api_unsupported("unsupported_value", path, name);
         if (name == kIncludeLogprobs) request->logprobs = true;
     }
     return {};
 }
 
-Json doc_include(Dialect) {
-    return doc_array(doc_type("string").set("not", doc_words(refused_includes)));
+Fault field_include(const Json& value, Request* request) {
+    return read_include(value, Dialect::valar, request);
+}
+Fault openai_include(const Json& value, Request* request) {
+    return read_include(value, Dialect::openai, request);
+}
+
+Json doc_include(Dialect dialect) {
+    return doc_array(doc_type("string").set("not", doc_words(refused_in(dialect))));
 }
 
 Json write_include(const Request& request) {
@@ -1075,7 +1103,8 @@ struct RequestField {
     Json (*write)(const Request&) = nullptr;    // null where it is as by default
     Json (*schema)(Dialect dialect) = nullptr;  // what `read` takes; null: nothing
     const char* about = "Not supported.";
-    Read openai = nullptr;  // where that dialect differs
+    Read openai = nullptr;     // where that dialect differs
+    const char* instead = "";  // what to send where it is not supported
 };
 constexpr RequestField request_fields[] = {
     // clang-format off
@@ -1090,13 +1119,13 @@ constexpr RequestField request_fields[] = {
     {"metadata", field_metadata, write_metadata, doc_metadata, "Kept with the response; completion_window says when it is wanted."},
     {"tools", field_tools, write_tools, doc_tools, "What the model may call.", openai_tools},
     {"tool_choice", field_tool_choice, write_tool_choice, doc_tool_choice_field, "Which tools must or may be called."},
-    {"include", field_include, write_include, doc_include, "message.output_text.logprobs: log-probabilities of tokens."},
+    {"include", field_include, write_include, doc_include, "message.output_text.logprobs: log-probabilities of tokens.", openai_include},
     {"service_tier", field_service_tier, nullptr, doc_service_tier, "There is one."},
     {"stop", field_stop, write_stop, doc_stop, "Ends the answer before the first of these, each of at most 256 bytes."},
     {"logit_bias", field_logit_bias, write_logit_bias, doc_logit_bias, "Added to the logits of tokens, by their ids."},
-    {"previous_response_id", nullptr, write_previous, doc_previous, "Its turns come first.", openai_previous},
-    {"conversation", nullptr, write_conversation, doc_conversation, "Its items come first; what is asked and answered becomes part of it.", openai_conversation},
-    {"prompt", nullptr},
+    {"previous_response_id", nullptr, write_previous, doc_previous, "Its turns come first.", openai_previous, ", or send the earlier turns in 'input'"},
+    {"conversation", nullptr, write_conversation, doc_conversation, "Its items come first; what is asked and answered becomes part of it.", openai_conversation, ", or send its items in 'input'"},
+    {"prompt", nullptr, nullptr, nullptr, "Not supported.", nullptr, ": send 'instructions' and 'input'"},
     // clang-format on
 };
 constexpr std::string_view required_fields[] = {"model", "input"};
@@ -1120,7 +1149,9 @@ Fault read_field(const RequestField& row, const Json& value, Dialect dialect, Re
     const bool differs = dialect == Dialect::openai && row.openai;
     const RequestField::Read read = differs ? row.openai : row.read;
     if (read) return read(value, request);
-    return api_unsupported("unsupported_parameter", std::string(row.name));
+    return api_error("unsupported_parameter", std::string(row.name),
+                     join({"'", row.name, "'", row.openai ? in_openai_dialect : " is not supported",
+                           row.instead}));
 }
 
 template <class Row, size_t N>
@@ -1152,19 +1183,26 @@ Fault read_member(const JsonMember& member, Dialect dialect, Request* request) {
 }
 
 /// The names of all fields that are read.
-template <class Take>
-void each_field(Take take) {
-    for (const TextOption& row : text_options) take(std::string_view(row.name));
-    for (const NumberOption& row : number_options) take(std::string_view(row.name));
-    for (const CountOption& row : count_options) take(std::string_view(row.name));
-    for (const SwitchOption& row : switch_options) take(std::string_view(row.name));
-    for (const RequestField& row : request_fields) take(std::string_view(row.name));
+std::vector<std::string_view> field_names() {
+    std::vector<std::string_view> names;
+    const auto add = [&](const auto& rows) {
+        for (const auto& row : rows) names.emplace_back(row.name);
+    };
+    add(text_options);
+    add(number_options);
+    add(count_options);
+    add(switch_options);
+    add(request_fields);
+    return names;
 }
 
 Fault check_background(const Request& request) {
-    if (request.background && !request.store)
+    const bool hooked = std::any_of(request.metadata.begin(), request.metadata.end(),
+                                    [](const auto& pair) { return pair.first == kWebhookKey; });
+    if (!request.store && (request.background || hooked))
         return api_error("unsupported_value", "store",
-                         "'store' must be true with 'background', but false was received");
+                         format("'store' must be true with '%s', but false was received",
+                                hooked ? "metadata.completion_webhook" : "background"));
     if (request.background || request.window != Window::flex) return {};
     return api_error("invalid_value", kWindowField,
                      format("'%s' may be \"flex\" only with 'background': true", kWindowField));
@@ -1364,79 +1402,9 @@ Result<Request> read_request(const Json& body, Dialect dialect) {
     return request;
 }
 
-namespace {
-
-/// Fields of other surfaces, and what stands for them here.
-struct ForeignField {
-    std::string_view name;
-    const char* here;
-};
-constexpr ForeignField foreign_fields[] = {
-    {"messages", "'input'"},
-    {"system", "'instructions'"},
-    {"max_tokens", "'max_output_tokens'"},
-    {"max_completion_tokens", "'max_output_tokens'"},
-    {"response_format", "'text.format'"},
-    {"reasoning_effort", "'reasoning.effort'"},
-    {"thinking", "'reasoning.effort'"},
-    {"functions", "'tools'"},
-    {"function_call", "'tool_choice'"},
-    {"stop_sequences", "'stop'"},
-    {"logprobs", "'include': [\"message.output_text.logprobs\"]"},
-    {"n", "a request for each answer"},
-};
-constexpr size_t most_edits = 2, most_strange_names = 64;
-
-/// Letters to change, add or take away; more than most_edits where the lengths say so.
-size_t count_edits(std::string_view a, std::string_view b) {
-    if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > most_edits)
-        return most_edits + 1;
-    std::vector<size_t> row(b.size() + 1);
-    for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
-    for (size_t i = 0; i < a.size(); ++i) {
-        size_t corner = std::exchange(row[0], i + 1);
-        for (size_t j = 0; j < b.size(); ++j) {
-            const size_t change = corner + (a[i] != b[j]);
-            corner = row[j + 1];
-            row[j + 1] = std::min({change, row[j + 1] + 1, row[j] + 1});
-        }
-    }
-    return row[b.size()];
-}
-
-/// A name that is none of ours, but of another surface or a slip of the hand. Others are newer
-/// than this, and left alone.
-Fault check_strange_name(const std::string& name) {
-    for (const ForeignField& row : foreign_fields)
-        if (row.name == name)
-            return api_error("unknown_parameter", name,
-                             join({"'", name, "' is of another surface: here it is ", row.here}));
-    Fault fault;
-    each_field([&](std::string_view ours) {
-        if (!fault && count_edits(name, ours) <= most_edits)
-            fault = api_error("unknown_parameter", name,
-                              join({"there is no '", name, "': did you mean '", ours, "'?"}));
-    });
-    return fault;
-}
-
-Fault check_names(const Json& body) {
-    size_t strange = 0;
-    for (const JsonMember& member : body.members()) {
-        bool known = false;
-        each_field([&](std::string_view ours) { known |= ours == member.key; });
-        if (known) continue;
-        if (++strange > most_strange_names) break;
-        if (Fault fault = check_strange_name(member.key)) return fault;
-    }
-    return {};
-}
-
-}  // namespace
-
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
-    if (Fault fault = check_names(body)) return std::move(*fault);
+    if (Fault fault = check_names(body, field_names())) return std::move(*fault);
     const bool goes_on = dialect == Dialect::openai && (!body["previous_response_id"].is_null() ||
                                                         !body["conversation"].is_null());
     for (const std::string_view name : required_fields)

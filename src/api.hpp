@@ -237,7 +237,8 @@ struct ModelInfo {
     uint32_t context_tokens = 0;
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};
     bool image = false, tools = false, thinking = false;  ///< its template knows of them
-    bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
+    bool ready = true;   ///< false while it loads: it is listed, and requests for it wait
+    float progress = 1;  ///< of loading, 0..1
 };
 
 /// A request that a Responder accepts, with all that it resolved. It is as large as its prompt.
@@ -258,14 +259,14 @@ struct ResponderStats {
     uint32_t queued = 0, running = 0;
     uint64_t completed = 0, failed = 0, cancelled = 0;
     uint64_t input_tokens = 0, output_tokens = 0;
-    uint64_t cached_tokens = 0;            ///< of the input, found in the prefix cache
-    uint32_t pages = 0;                    ///< of keys and values, in all
-    uint32_t pages_used = 0;               ///< by running requests
-    uint32_t pages_cached = 0;             ///< used by none, kept for prefixes
-    uint32_t pages_shared = 0;             ///< used by several
-    uint64_t preempted = 0;                ///< times a request gave way to be resumed later
-    uint64_t batches = 0, batch_rows = 0;  ///< computed: forward passes, and tokens in them
-    uint64_t drafted_tokens = 0, accepted_tokens = 0;      ///< of those: guessed, and guessed right
+    uint64_t cached_tokens = 0;                   ///< of the input, found in the prefix cache
+    uint32_t pages = 0;                           ///< of keys and values, in all
+    uint32_t pages_used = 0;                      ///< by running requests
+    uint32_t pages_cached = 0, pages_shared = 0;  ///< used by none, kept for prefixes; by several
+    uint64_t preempted = 0;                       ///< times a request gave way to be resumed later
+    uint64_t batches = 0, batch_rows = 0;         ///< computed: forward passes, and tokens in them
+    uint64_t drafted_tokens = 0, accepted_tokens = 0;  ///< of those: guessed, and guessed right
+    uint64_t constrained_tokens = 0, masks = 0;        ///< written under a grammar; made for those
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
 };
 

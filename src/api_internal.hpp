@@ -23,7 +23,7 @@ namespace detail {
 struct ResponseRecord {
     std::string id;  ///< "resp_" + 24 of [0-9a-z]
     std::string organisation;
-    std::string message_id;    ///< "msg_" + 24 of [0-9a-z]
+    std::string message_id;    ///< of the first one, see first_message_id
     int64_t created_at = 0;    ///< unix seconds
     int64_t completed_at = 0;  ///< 0 until terminal
     Status status = Status::pending;
@@ -33,6 +33,7 @@ struct ResponseRecord {
     double top_p = 1;
     int64_t seed = 0;
     uint32_t input_tokens = 0;                    ///< of the prompt; not kept
+    std::string key = {};                         ///< id of the API key that asked
     Json raw = {};                                ///< of a prompt past the template
     std::string conversation_last = {};           ///< the item of it before the request's own
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
@@ -192,6 +193,9 @@ struct DialectWords {
 const DialectWords& words_of(Dialect dialect);
 const char* status_name(Status status, bool cut, const DialectWords& words);
 
+/// Refuses the first field whose name is of another surface or a slip of the hand, near to one of
+/// `ours`. Other strange names are newer than this, and left alone.
+Fault check_names(const Json& body, std::span<const std::string_view> ours);
 /// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
 /// order, other fields in document order, rules across fields. Errors: invalid_request with code
 /// and param; the message says what is wrong, what was received and what is allowed.
@@ -199,9 +203,11 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect = Diale
 /// The response object, all its keys in their order.
 Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
 /// The items of an answer's `output`: one for the text of a Responder that has no items; the id of
-/// each but the first message, and its status.
+/// each but the first message, which says what response it is of; its status.
 std::vector<Item> output_items(const Outcome& outcome, Status status);
+std::string first_message_id(const std::string& response_id);
 std::string output_item_id(const std::string& response_id, Item::Kind kind, size_t index);
+std::string item_response_id(std::string_view item_id);
 const char* output_item_status(bool last, Status status, bool cut, const DialectWords& words);
 std::vector<TokenLogprob> logprobs_of(const Outcome& outcome, size_t index);
 Json render_logprobs(const std::vector<TokenLogprob>& tokens);
@@ -240,6 +246,8 @@ constexpr std::string_view effort_name(Effort effort) {
 inline constexpr std::string_view kWindowNames[] = {"asap", "standard", "flex"};
 static_assert(std::size(kWindowNames) == static_cast<size_t>(Window::flex) + 1);
 inline constexpr std::string_view kWindowKey = "completion_window";  // in a request's metadata
+inline constexpr std::string_view kWebhookKey = "completion_webhook";
+inline constexpr std::string_view kWebhookTokenKey = "webhook_token";
 inline constexpr const char* kWindowField = "metadata.completion_window";
 constexpr std::string_view window_name(Window window) {
     return kWindowNames[static_cast<size_t>(window)];

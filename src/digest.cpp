@@ -217,6 +217,11 @@ bool constant_time_equal(std::string_view a, std::string_view b) {
     return difference == 0;
 }
 
+void wipe(void* data, size_t size) {
+    volatile auto* bytes = static_cast<unsigned char*>(data);
+    for (size_t i = 0; i < size; ++i) bytes[i] = 0;
+}
+
 Result<void> random_bytes(void* data, size_t size) {
     auto* bytes = static_cast<uint8_t*>(data);
 #if defined(_WIN32)
@@ -248,7 +253,7 @@ static constexpr char id_characters[] = "0123456789abcdefghijklmnopqrstuvwxyz";
 
 Result<std::string> draw_id(std::string prefix) {
     std::string id = std::move(prefix);
-    const size_t size = id.size() + 24;
+    const size_t size = id.size() + drawn_characters;
     while (id.size() < size) {
         uint8_t random[32];
         if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
@@ -260,7 +265,7 @@ Result<std::string> draw_id(std::string prefix) {
 
 std::string derive_id(std::string prefix, std::string_view source) {
     std::string id = std::move(prefix);
-    const size_t size = id.size() + 24;
+    const size_t size = id.size() + drawn_characters;
     for (const uint8_t byte : sha256(source).bytes)
         if (id.size() < size) id += id_characters[byte % 36];
     return id;

@@ -59,10 +59,14 @@ Result<std::string> hex_decode(std::string_view text);  ///< either case, even l
 /// The time taken depends on the lengths only.
 bool constant_time_equal(std::string_view a, std::string_view b);
 
+/// Overwrites a secret, also where the compiler sees nobody read it again.
+void wipe(void* data, size_t size);
+
 /// Bytes from the operating system's generator, for ids and secrets.
 Result<void> random_bytes(void* data, size_t size);
 
-/// `prefix` and 24 of [0-9a-z], 124 bits that nobody can guess.
+inline constexpr size_t drawn_characters = 24;
+/// `prefix` and so many of [0-9a-z], 124 bits that nobody can guess.
 Result<std::string> draw_id(std::string prefix);
 /// The same length of the same characters, but always the same of `source`.
 std::string derive_id(std::string prefix, std::string_view source);

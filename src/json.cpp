@@ -644,8 +644,12 @@ private:
         const char* at;  // its key
     };
 
+    // What recurses keeps its frame small: errors, and what is done once for an item, are apart.
     bool fail(std::string_view message) { return fail(p_, message); }
-    bool fail(const char* at, std::string_view message) {
+    VALAR_NOINLINE bool fail_limit(const char* before, uint32_t limit, const char* behind) {
+        return fail(format("%s%u%s", before, limit, behind));
+    }
+    VALAR_NOINLINE bool fail(const char* at, std::string_view message) {
         p_ = at;
         message_ = message;
         return false;
@@ -674,7 +678,7 @@ private:
     bool parse_value(Json& out) {
         skip_space();
         if (p_ == end_) return fail("expected a value, found the end");
-        if (++values_ > limits_.values) return fail(format("more than %u values", limits_.values));
+        if (++values_ > limits_.values) return fail_limit("more than ", limits_.values, " values");
         switch (*p_) {
             case '{': return parse_nested(out, &JsonParser::parse_object);
             case '[': return parse_nested(out, &JsonParser::parse_array);
@@ -687,7 +691,7 @@ private:
     }
 
     bool parse_nested(Json& out, bool (JsonParser::*parse)(Json&)) {
-        if (depth_ >= limits_.depth) return fail(format("nested deeper than %u", limits_.depth));
+        if (depth_ >= limits_.depth) return fail_limit("nested deeper than ", limits_.depth, "");
         ++depth_;
         ++p_;
         const bool good = (this->*parse)(out);
@@ -695,7 +699,7 @@ private:
         return good;
     }
 
-    bool parse_word(std::string_view word, Json& out, Json value) {
+    VALAR_NOINLINE bool parse_word(std::string_view word, Json& out, Json value) {
         if (std::string_view(p_, size_t(end_ - p_)).substr(0, word.size()) != word)
             return fail("expected a value");
         p_ += word.size();
@@ -703,7 +707,7 @@ private:
         return true;
     }
 
-    bool parse_number(Json& out) {
+    VALAR_NOINLINE bool parse_number(Json& out) {
         Decimal number;
         const char* end = scan_decimal(p_, end_, number);
         if (end == nullptr)
@@ -730,9 +734,14 @@ private:
         do {
             Json item;
             if (!parse_value(item)) return false;
-            items_.push_back(std::move(item));
+            keep(item);
         } while (take(','));
-        if (!take(']')) return fail("expected ',' or ']'");
+        return take(']') ? finish_array(out, base) : fail("expected ',' or ']'");
+    }
+
+    VALAR_NOINLINE void keep(Json& item) { items_.push_back(std::move(item)); }
+
+    VALAR_NOINLINE bool finish_array(Json& out, size_t base) {
         const auto first = items_.begin() + std::ptrdiff_t(base);
         out.store(Json::Kind::array, new std::vector<Json>(std::make_move_iterator(first),
                                                            std::make_move_iterator(items_.end())));
@@ -745,21 +754,24 @@ private:
         if (take('}')) return true;
         const size_t base = pending_.size();
         do {
-            skip_space();
-            const char* at = p_;
-            if (p_ == end_ || *p_ != '"') return fail("expected a key in quotes");
-            if (!parse_string()) return false;
-            std::string key(text_);
-            if (!take(':')) return fail("expected ':'");
+            const size_t at = pending_.size();
             Json value;
-            if (!parse_value(value)) return false;
-            pending_.push_back({{std::move(key), std::move(value)}, at});
+            if (!parse_key() || !parse_value(value)) return false;
+            pending_[at].member.value = std::move(value);
         } while (take(','));
-        if (!take('}')) return fail("expected ',' or '}'");
-        return finish_object(out, base);
+        return take('}') ? finish_object(out, base) : fail("expected ',' or '}'");
     }
 
-    bool finish_object(Json& out, size_t base) {
+    VALAR_NOINLINE bool parse_key() {
+        skip_space();
+        const char* at = p_;
+        if (p_ == end_ || *p_ != '"') return fail("expected a key in quotes");
+        if (!parse_string()) return false;
+        pending_.push_back({{std::string(text_), {}}, at});
+        return take(':') || fail("expected ':'");
+    }
+
+    VALAR_NOINLINE bool finish_object(Json& out, size_t base) {
         auto* object = new Json::Object();
         out.store(Json::Kind::object, object);
         object->members.reserve(pending_.size() - base);
@@ -866,6 +878,13 @@ public:
         : out_(out), style_(style), canonical_(canonical) {}
 
     void write(const Json& value) {
+        if (value.is_array()) write_array(value.items());
+        else if (value.is_object()) write_object(value.members());
+        else write_scalar(value);
+    }
+
+private:
+    VALAR_NOINLINE void write_scalar(const Json& value) {
         switch (value.kind()) {
             case Json::Kind::null: out_ += "null"; break;
             case Json::Kind::boolean: out_ += value.as_bool() ? "true" : "false"; break;
@@ -873,12 +892,11 @@ public:
             case Json::Kind::uint64: append_unsigned(out_, value.as_uint()); break;
             case Json::Kind::real: write_real(value.as_double()); break;
             case Json::Kind::string: write_json_string(out_, value.as_string()); break;
-            case Json::Kind::array: write_array(value.items()); break;
-            case Json::Kind::object: write_object(value.members()); break;
+            case Json::Kind::array:
+            case Json::Kind::object: break;
         }
     }
 
-private:
     void write_real(double value) {
         constexpr double two63 = 9223372036854775808.0;
         const bool whole = canonical_ && std::trunc(value) == value;
@@ -898,25 +916,28 @@ private:
 
     void write_object(std::span<const JsonMember> members) {
         open('{');
-        if (canonical_) {
-            std::vector<const JsonMember*> sorted;
-            for (const JsonMember& member : members) sorted.push_back(&member);
-            sort_items(sorted, [](const JsonMember* a, const JsonMember* b) {
-                return a->key < b->key;  // bytes of UTF-8 sort as their code points
-            });
-            for (const JsonMember* member : sorted) write_member(*member, member == sorted[0]);
-        } else {
-            for (const JsonMember& member : members)
-                write_member(member, &member == members.data());
+        std::vector<const JsonMember*> sorted;
+        if (canonical_) sort(members, sorted);
+        for (size_t i = 0; i < members.size(); ++i) {
+            const JsonMember& member = canonical_ ? *sorted[i] : members[i];
+            write_key(member.key, i == 0);
+            write(member.value);
         }
         close('}', members.empty());
     }
 
-    void write_member(const JsonMember& member, bool first) {
+    VALAR_NOINLINE static void sort(std::span<const JsonMember> members,
+                                    std::vector<const JsonMember*>& sorted) {
+        for (const JsonMember& member : members) sorted.push_back(&member);
+        sort_items(sorted, [](const JsonMember* a, const JsonMember* b) {
+            return a->key < b->key;  // bytes of UTF-8 sort as their code points
+        });
+    }
+
+    VALAR_NOINLINE void write_key(const std::string& key, bool first) {
         separate(first);
-        write_json_string(out_, member.key);
+        write_json_string(out_, key);
         out_ += style_.spaced || style_.indent >= 0 ? ": " : ":";
-        write(member.value);
     }
 
     void open(char bracket) {
@@ -932,7 +953,7 @@ private:
         if (!empty) new_line();
         out_ += bracket;
     }
-    void new_line() {
+    VALAR_NOINLINE void new_line() {
         if (style_.indent >= 0) out_.append("\n").append(depth_ * size_t(style_.indent), ' ');
     }
 

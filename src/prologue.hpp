@@ -35,3 +35,10 @@
 #define VALAR_COLD_BEGIN
 #define VALAR_COLD_END
 #endif
+
+// Before functions whose locals would make those that recurse take more stack.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define VALAR_NOINLINE __declspec(noinline)
+#else
+#define VALAR_NOINLINE __attribute__((noinline))
+#endif

@@ -1,6 +1,7 @@
 #include "api/document.hpp"
 #include "api/surface.hpp"
 #include "api_internal.hpp"
+#include "base/internal.hpp"
 
 #include <doctest/doctest.h>
 
@@ -172,8 +173,7 @@ TEST_CASE("fields that are refused") {
          "metadata.completion_window"},
         {R"("metadata":{"completion_window":"soon"})", "invalid_value",
          "metadata.completion_window"},
-        {R"("metadata":{"completion_webhook":"http://x"})", "unsupported_parameter",
-         "metadata.completion_webhook"},
+        {R"("metadata":{"completion_webhook":1})", "invalid_type", "metadata.completion_webhook"},
         {R"("metadata":{"webhook_token":"a b"})", "invalid_value", "metadata.webhook_token"},
         {R"("tools":{})", "invalid_type", "tools"},
         {R"("tools":[3])", "invalid_type", "tools[0]"},
@@ -327,9 +327,18 @@ TEST_CASE("a refusal says what was wrong, what was received and what is allowed"
         with(R"("tools":[{"type":"web_search"}])").error().message ==
         "'tools[0].type' must be one of \"function\", \"custom\", but \"web_search\" was received");
     for (const auto& [field, message] :
-         {std::pair(R"("conversation":"c")", "'conversation' is not supported"),
-          std::pair(R"("metadata":{"completion_webhook":"x"})",
-                    "'metadata.completion_webhook' is not supported"),
+         {std::pair(R"("conversation":"c")",
+                    "'conversation' is not supported in this dialect: start the server with "
+                    "--dialect openai (in C++ ServerOptions::dialect), or send its items in "
+                    "'input'"),
+          std::pair(R"("stream":true)",
+                    "'stream': true is not supported in this dialect: start the server with "
+                    "--dialect openai (in C++ ServerOptions::dialect), or ask with 'background': "
+                    "true and poll GET /v1/responses/{id}; POST /v1/chat/completions streams in "
+                    "both"),
+          std::pair(R"("text":{"format":{"type":"json_object"}})",
+                    "'text.format.type': \"json_object\" is not supported: send \"json_schema\" "
+                    "with the schema {\"type\": \"object\"}"),
           std::pair(R"("include":["file_search_call.results"])",
                     "'include[0]': \"file_search_call.results\" is not supported")})
         CHECK(with(field).error().message == message);
@@ -631,7 +640,7 @@ TEST_CASE("the response object shows items, tools and formats") {
     CHECK(output[1]["content"][0]["logprobs"].size() == 1);
     CHECK(output[1]["content"][0]["logprobs"][0]["token"].as_string() == "said");
     CHECK(output[2]["id"].as_string().starts_with("fc_"));
-    CHECK(output[2]["id"].as_string().size() == 27);
+    CHECK(output[2]["id"].as_string() == output_item_id(record.id, Item::Kind::function_call, 2));
     CHECK(output[2]["call_id"].as_string() == "call_1");
     CHECK(output[2]["arguments"].as_string() == "{}");
     CHECK(output[3]["id"].as_string().starts_with("ctc_"));
@@ -991,5 +1000,120 @@ TEST_CASE("the document: every option has its row, with the default that a reque
             R"("seed":1,"stop":"a","text":{"format":{"type":"regex","pattern":"a"}})");
         const Json kept = request_json(*full);
         for (const JsonMember& member : kept.members()) check_row(member.key.c_str());
+    }
+}
+
+// ---- README's table of fields ------------------------------------------------------------------
+
+namespace {
+
+/// The member of Request that a field is, where it has another name.
+constexpr std::pair<const char*, const char*> members[] = {{"text", "format"},
+                                                           {"reasoning", "effort"},
+                                                           {"stream_options", "prompt_progress"},
+                                                           {"include", "logprobs"},
+                                                           {"truncation", ""},
+                                                           {"service_tier", ""},
+                                                           {"prompt", ""},
+                                                           {"store", ""},
+                                                           {"stream", ""},
+                                                           {"previous_response_id", ""},
+                                                           {"conversation", ""}};
+
+std::string joined(const Json& all, const char* between) {
+    std::string text;
+    for (const Json& one : all.items())
+        text += (text.empty() ? "" : between) + ("`" + one.write() + "`");
+    return text;
+}
+
+/// "1..256", or "1 or more"; nothing where there is no bound.
+std::string bounds(const Json& schema, const char* least, const char* most) {
+    const Json &low = schema[least], &high = schema[most];
+    if (low == Json(INT64_MIN)) return "of 64 bits";
+    if (low.is_null() && high.is_null()) return "";
+    if (high.is_null()) return low.write() + " or more";
+    return (low.is_null() ? "0" : low.write()) + ".." + high.write();
+}
+
+std::string with_bounds(std::string what, const std::string& range, const char* of) {
+    return what + (range.empty() ? "" : " " + range + of);
+}
+
+/// What a schema takes, in a few words.
+std::string taken(const Json& schema) {
+    if (schema.contains("const")) return "`" + schema["const"].write() + "`";
+    if (schema.contains("enum")) return joined(schema["enum"], ", ");
+    if (const Json* name = schema.find("$ref")) {
+        const std::string_view path = name->as_string();
+        return std::string(path.substr(path.rfind('/') + 1));
+    }
+    if (const Json* choices = schema.find("anyOf")) {
+        std::string all;
+        for (const Json& one : choices->items()) {
+            const std::string words = taken(one);
+            if (all.find(words) == all.npos) all += (all.empty() ? "" : " or ") + words;
+        }
+        return all;
+    }
+    const std::string type(schema["type"].as_string());
+    if (type == "string")
+        return with_bounds("text", bounds(schema, "minLength", "maxLength"), " characters");
+    if (type == "array") {
+        const std::string range = bounds(schema, "minItems", "maxItems");
+        return "array of " + (range.empty() ? "" : range + " ") + taken(schema["items"]);
+    }
+    if (type == "object" && schema["properties"].size() > 0) {
+        std::string names;
+        for (const JsonMember& member : schema["properties"].members())
+            if (member.value.is_object()) names += (names.empty() ? "`" : ", `") + member.key + "`";
+        return "object: " + names;
+    }
+    if (type == "null") return "nothing: 400";
+    return with_bounds(type, bounds(schema, "minimum", "maximum"), "");
+}
+
+/// The row of a field: what either dialect takes, its default, and what it is in C++.
+std::string readme_row(const std::string& name, const Json& here, const Json& openai,
+                       bool required) {
+    std::string takes = taken(here), member = name, usual = here["default"].write();
+    if (const std::string other = taken(openai); other != takes) takes += "; openai: " + other;
+    const std::string about(here["description"].as_string());
+    if (const size_t at = about.find("Default: "); at != about.npos)
+        usual = about.substr(at + 9, about.size() - at - 10);
+    else usual = required ? "required" : usual == "null" ? "" : "`" + usual + "`";
+    for (const auto& [field, as] : members)
+        if (field == name) member = as;
+    if (!member.empty()) member = "`" + member + "`";
+    return "| `" + name + "` | " + takes + " | " + usual + " | " + member + " |\n";
+}
+
+}  // namespace
+
+TEST_CASE("README's table of fields is the one that requests are checked by") {
+    const auto file = [](const char* name) {
+        auto text = read_file(std::string(VALAR_SOURCE_DIR) + "/" + name, 1 << 20);
+        REQUIRE(text.ok());
+        return *text;
+    };
+    const Json here = doc_fields(Dialect::valar), openai = doc_fields(Dialect::openai);
+    REQUIRE(here.size() == openai.size());
+    const std::string required = doc_request(Dialect::valar)["required"].write();
+    std::string rows;
+    for (const JsonMember& field : here.members())
+        rows += readme_row(field.key, field.value, openai[field.key],
+                           required.find('"' + field.key + '"') != std::string::npos);
+    CHECK_MESSAGE(file("README.md").find(rows) != std::string::npos,
+                  "README's table of fields is not:\n"
+                      << rows);
+    const std::string header = file("src/api.hpp");
+    const size_t begin = header.find("struct Request {"), end = header.find("\n};", begin);
+    const std::string request = header.substr(begin, end - begin);
+    for (const JsonMember& field : here.members()) {
+        std::string member = field.key;
+        for (const auto& [name, as] : members)
+            if (name == member) member = as;
+        CAPTURE(field.key);
+        CHECK((member.empty() || request.find(" " + member + " = ") != std::string::npos));
     }
 }

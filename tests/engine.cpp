@@ -48,6 +48,9 @@ static thread_local int allocations = 0;
 
 namespace {
 
+// Cases with several threads. The thread sanitizer runs these alone: to the others it says nothing.
+const doctest::test_suite with_threads("threads");
+
 const std::vector<std::byte>& model_bytes() {
     static const auto bytes = tiny::model({.types = {TensorType::q4_0, TensorType::q8_0}});
     return bytes;
@@ -168,7 +171,32 @@ TEST_CASE("a request: events in order, the outcome") {
     CHECK(stats.queued == 0);
 }
 
-TEST_CASE("an answer depends on file, request and options alone") {
+TEST_CASE("tokens are counted while they are made") {
+    Engine engine = open_tiny();
+    Request request = ask("some words that are read first", 8);
+    request.format.one_of = {"yes", "no"};
+    Reply other = engine.submit(ask("another one", 6)), held = engine.submit(request);
+    std::vector<uint64_t> in, out;
+    while (!other.finished() || !held.finished()) {
+        REQUIRE(engine.step(0).ok());
+        const ResponderStats stats = engine.responder()->stats();
+        if (in.empty() || in.back() != stats.input_tokens) in.push_back(stats.input_tokens);
+        if (out.empty() || out.back() != stats.output_tokens) out.push_back(stats.output_tokens);
+    }
+    CHECK(out.size() > 4);
+    CHECK(std::is_sorted(out.begin(), out.end()));
+    CHECK(std::is_sorted(in.begin(), in.end()));
+    const Usage &a = other.outcome().usage, &b = held.outcome().usage;
+    const ResponderStats stats = engine.responder()->stats();
+    CHECK(stats.input_tokens == a.input_tokens + b.input_tokens);
+    CHECK(stats.output_tokens == a.output_tokens + b.output_tokens);
+    CHECK(stats.cached_tokens == a.cached_tokens + b.cached_tokens);
+    CHECK(stats.constrained_tokens > 0);
+    CHECK(stats.constrained_tokens <= b.output_tokens);
+    CHECK(stats.masks <= stats.constrained_tokens);
+}
+
+TEST_CASE("an answer depends on file, request and options alone" * with_threads) {
     Engine engine = open_tiny();
     Request request = ask("the same words", 30);
     request.temperature = 1.2;
@@ -457,7 +485,7 @@ TEST_CASE("a reply outlives its engine") {
     CHECK(running.outcome().text.starts_with(begun));
 }
 
-TEST_CASE("start: a thread of its own") {
+TEST_CASE("start: a thread of its own" * with_threads) {
     Engine engine = open_tiny();
     const std::string expected = answer(engine, ask("hello"));
     Reply before = engine.submit(ask("hello"));
@@ -487,7 +515,7 @@ TEST_CASE("start: a thread of its own") {
     CHECK(after.outcome().text == expected);
 }
 
-TEST_CASE("many threads submit, poll and cancel") {
+TEST_CASE("many threads submit, poll and cancel" * with_threads) {
     EngineOptions options = tiny_options();
     options.threads = 1;
     Engine engine = open_tiny(options);
@@ -521,6 +549,8 @@ TEST_CASE("begin_open: loading in steps, requests may wait") {
     REQUIRE(engine);
     CHECK_FALSE(engine->is_loaded());
     CHECK(engine->load_progress() == 0.0f);
+    CHECK_FALSE(engine->responder()->models()[0].ready);
+    CHECK(engine->responder()->models()[0].progress == 0.0f);
     Reply early = engine->submit(ask("early"));
     int steps = 0;
     for (float last = -1; !engine->is_loaded(); ++steps) {
@@ -529,6 +559,7 @@ TEST_CASE("begin_open: loading in steps, requests may wait") {
         last = engine->load_progress();
     }
     CHECK(steps > 3);
+    CHECK(engine->responder()->models()[0].ready);
     REQUIRE(engine->step());
     CHECK(early.outcome().status == Status::completed);
 }
@@ -1086,7 +1117,7 @@ TEST_CASE("tools: called when they must be, with arguments that fit, and never w
     }
 }
 
-TEST_CASE("many at once: chunks, threads, page sizes, a host's job system") {
+TEST_CASE("many at once: chunks, threads, page sizes, a host's job system" * with_threads) {
     uint64_t seed = 100;
     for (const uint32_t step_tokens : {1u, 5u, 16u, 100u, 512u})
         for (const uint32_t page_tokens : {16u, 64u})
@@ -1188,6 +1219,21 @@ TEST_CASE("many at once: keys and values in q8_0; layers with windows; long rope
                     preempted += run_mixed(options, 24, ++seed).preempted;
                 }
     CHECK(preempted > 0);
+}
+
+TEST_CASE("who comes while a long prompt is read waits for a part of it") {
+    EngineOptions options = tiny_options();
+    options.prefix_cache = false;
+    const auto batches = [&](uint32_t max_wait_step_ms) {
+        options.max_wait_step_ms = max_wait_step_ms;
+        Engine engine = open_tiny(options);
+        const std::string text = answer(engine, ask(std::string(150, 'x'), 1));
+        return std::pair(engine.responder()->stats().batches, text);
+    };
+    const auto whole = batches(0), parts = batches(1);
+    CHECK(whole.first == 1);
+    CHECK(parts.first > 1);  // the first one finds out how long a row takes
+    CHECK(parts.second == whole.second);
 }
 
 TEST_CASE("layers with windows give back the pages that they no longer see") {
@@ -1881,7 +1927,7 @@ TEST_CASE("speculation: fewer batches where text repeats, never another answer")
 
 // ---- Memory ----------------------------------------------------------------------------------
 
-TEST_CASE("no allocations while answers are being computed") {
+TEST_CASE("no allocations while answers are being computed" * with_threads) {
     EngineOptions options = tiny_options();
     options.threads = 1;
     Engine engine = open_tiny(options);
@@ -2326,7 +2372,7 @@ TEST_CASE("engine: what the process has memory for bounds context, keys and valu
 }
 
 #if !defined(_WIN32)
-TEST_CASE("engine: signals that interrupt system calls change nothing") {
+TEST_CASE("engine: signals that interrupt system calls change nothing" * with_threads) {
     EngineOptions options = tiny_options();
     options.threads = 2;
     const std::string undisturbed = answer(open_tiny(options), ask("hello world", 40));
@@ -2344,7 +2390,7 @@ TEST_CASE("engine: signals that interrupt system calls change nothing") {
 #endif
 
 #if !defined(_WIN32)
-TEST_CASE("engine: a child of fork ends, and the parent's goes on") {
+TEST_CASE("engine: a child of fork ends, and the parent's goes on" * with_threads) {
     EngineOptions options = tiny_options();
     options.threads = 2;
     auto engine = std::make_unique<Engine>(open_tiny(options));
@@ -2472,7 +2518,8 @@ uint64_t bytes_of(const EngineOptions& model) { return Engine::memory_plan(model
 
 }  // namespace
 
-TEST_CASE("unload: memory comes back, a request loads again, what is saved is said anew") {
+TEST_CASE("unload: memory comes back, a request loads again, what is saved is said anew" *
+          with_threads) {
     Ceiling ceiling;
     EngineOptions options = tiny_options();
     options.allocator = ceiling.allocator();

@@ -34,6 +34,7 @@ public:
     std::optional<valar::Error> failure;    ///< of every response
     std::optional<valar::Error> prepare_error;  ///< of every request
     valar::ResponderStats counts;               ///< what stats() says
+    valar::Timings timings;                     ///< of every response
 
     std::vector<valar::ModelInfo> models() const override {
         valar::ModelInfo shown = info;
@@ -226,6 +227,7 @@ private:
         valar::Outcome outcome;
         outcome.status = status;
         outcome.usage.input_tokens = task.input_tokens;
+        outcome.timings = timings;
         if (status == valar::Status::failed) outcome.error = failure;
         if (status == valar::Status::cancelled)
             outcome.error = valar::detail::make_error(valar::ErrorKind::cancelled, "cancelled");

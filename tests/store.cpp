@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <thread>
 
@@ -17,6 +18,7 @@
 #include "digest_internal.hpp"
 #include "host.hpp"
 #include "sample.hpp"
+#include "store/journal.hpp"
 #include "store/store.hpp"
 #include "store_disk.hpp"
 #include "wall_clock.hpp"
@@ -221,6 +223,44 @@ TEST_CASE("store: a conversation's object is replaced, and is in no list") {
         store.expire(2099 + 100'000);
         CHECK_FALSE(store.store->find("a", "c1"));
         CHECK(store.ids("a") == "r1");
+    });
+}
+
+TEST_CASE("store: what is kept has an object that is replaced, and stays until it is erased") {
+    on_each_store(4000, 100, [](auto reopen) {
+        Direct store = reopen();
+        StoredResponse given;
+        given.id = "k1";
+        given.organisation = "a";
+        given.reservation = "key";
+        given.created_at_ms = 1000;
+        given.kept = true;
+        given.request = std::make_shared<const std::string>("asked");
+        REQUIRE(store.add(given).ok());
+        REQUIRE(store.add(record("r1", 10)).ok());
+        for (int64_t turn = 0; turn < 100; ++turn) {
+            const std::string object(500, static_cast<char>('a' + turn % 26));
+            REQUIRE(store.finish("k1", object, 2000 + turn).ok());
+            if (turn % 25 == 0) store = reopen();
+            const auto found = store.store->find("a", "k1");
+            REQUIRE(found);
+            CHECK((found->kept && !found->terminal));
+            CHECK(*found->object == object);
+            CHECK(*found->request == "asked");
+            CHECK(store.store->bytes() < 2500);
+        }
+        CHECK(store.ids("a") == "r1");
+        CHECK(store.ids("a", "k1") == "error");
+        CHECK(store.store->unfinished().size() == 2);
+        store.expire(1'000'000'000);
+        store = reopen();
+        CHECK(store.store->find("a", "k1"));
+        CHECK(store.store->reserved("a", "key"));
+        CHECK(store.store->retention_ms() == 100'000);
+        REQUIRE(store.erase("k1", false, 1000).ok());
+        store = reopen();
+        CHECK_FALSE(store.store->find("a", "k1"));
+        CHECK_FALSE(store.store->reserved("a", "key"));
     });
 }
 
@@ -575,6 +615,7 @@ TEST_CASE("store: segment numbers end before their names grow") {
 TEST_CASE("store: a newer format is refused, and left as it is") {
     for (const auto& [name, file] : small_journal().names) {
         std::string bytes = file->now;
+        if (bytes.empty()) continue;  // the reserve
         ++bytes[8];
         for (const bool recover : {false, true}) {
             Disk disk = with_bytes(small_journal(), name, bytes);
@@ -602,11 +643,51 @@ TEST_CASE("store: a full disk refuses changes, reads go on, and room heals it") 
     CHECK(store->find("a", "r1"));
     CHECK(*store->find("a", "r1")->request == std::string(500, 'x'));
     CHECK_FALSE(store->find("a", "r2"));
-    disk.capacity = 100'000;
+    CHECK(store->failure());
+    disk.capacity = 64 << 20;
+    CHECK(direct.add(record("r2", 500)).is(ErrorKind::overloaded));  // nobody has looked yet
+    disk.clock_ns += 1'000'000'000;
     REQUIRE(direct.add(record("r2", 500)).ok());
+    CHECK_FALSE(store->failure());
     store.reset();
     store = *open_on(&disk);
     CHECK(store->list("a", "", 9)->size() == 2);
+}
+
+TEST_CASE("store: on a full disk a reserve is given up for outcomes and deletions") {
+    Disk disk;
+    disk.capacity = 10'000;
+    FileStoreOptions options = by_hand();
+    options.segment_bytes = 4000;
+    auto store = *open_on(&disk, options);
+    Direct direct{store.get(), store.get()};
+    CHECK(disk.names.count("reserve") == 1);
+    CHECK(disk.capacity <= 6000);
+    REQUIRE(direct.add(record("r1", 500)).ok());
+    REQUIRE(direct.add(record("r2", 500)).ok());
+    disk.clock_ns += 1'000'000'000;
+    CHECK(direct.erase("r2", true).ok());
+    CHECK(store->free_bytes() <= 6000);
+    disk.capacity = 100;
+    CHECK(direct.add(record("r3", 2000)).is(ErrorKind::overloaded));
+    CHECK(disk.names.count("reserve") == 0);
+    CHECK(direct.add(record("r3", 1)).is(ErrorKind::overloaded));  // the reserve is not for it
+    REQUIRE(store->failure());
+    CHECK(store->failure()->kind == ErrorKind::overloaded);
+    CHECK(direct.finish("r1", std::string(1000, 'o'), 5).ok());
+    CHECK(direct.erase("r1", true).ok());
+    CHECK_FALSE(store->find("a", "r1"));
+    store.reset();
+    disk.capacity = 50;
+    store = *open_on(&disk, options);  // it still knows
+    direct = Direct{store.get(), store.get()};
+    CHECK(store->failure());
+    CHECK(direct.add(record("r3", 1)).is(ErrorKind::overloaded));
+    disk.capacity = 9000;
+    disk.clock_ns += 2'000'000'000;
+    CHECK(direct.add(record("r3", 1)).ok());
+    CHECK_FALSE(store->failure());
+    CHECK(disk.names.count("reserve") == 1);
 }
 
 TEST_CASE("store: after a failed sync nothing more is acknowledged, reads go on") {
@@ -704,7 +785,18 @@ TEST_CASE("store: a directory that cannot be used says why") {
         REQUIRE_MESSAGE(held.ok(), held.error().message);
         says(path, "is in use by another process");
     }
-    if (geteuid() != 0) {  // root may write everywhere
+    if (geteuid() == 0) {  // who may write everywhere
+        REQUIRE(chmod(root.c_str(), 0755) == 0);
+        REQUIRE(chmod(path.c_str(), 0755) == 0);
+        REQUIRE(seteuid(65534) == 0);
+        says(path, "belongs to another user, or a file in it does");
+        says(root + "/other", "may not be written by this user");
+        REQUIRE(seteuid(0) == 0);
+        REQUIRE(chmod(path.c_str(), 0777) == 0);  // the file of the lock is still root's
+        REQUIRE(seteuid(65534) == 0);
+        says(path, "belongs to another user, or a file in it does");
+        REQUIRE(seteuid(0) == 0);
+    } else {
         REQUIRE(chmod((path + "/lock").c_str(), 0400) == 0);
         says(path, "may not be written by this user");
         REQUIRE(chmod((path + "/lock").c_str(), 0600) == 0);
@@ -718,7 +810,8 @@ TEST_CASE("store: a directory that cannot be used says why") {
     std::fclose(manifest);
     CHECK(refusal(path).find("'manifest' at offset 0: it does not begin as a manifest of ours") !=
           std::string::npos);
-    for (const char* name : {"/store/manifest", "/store/00000001.journal", "/store/lock", "/file"})
+    for (const char* name :
+         {"/store/manifest", "/store/00000001.journal", "/store/lock", "/store/reserve", "/file"})
         CHECK(std::remove((root + name).c_str()) == 0);
     CHECK(rmdir(path.c_str()) == 0);
     CHECK(rmdir(root.c_str()) == 0);
@@ -805,6 +898,87 @@ TEST_CASE("store: the directory stays within bounds while records come and go") 
     store = *open_on(&disk, options);
     direct = {store.get(), store.get()};
     CHECK(direct.ids("a") == kept);
+}
+
+// ---- Backups -------------------------------------------------------------------------------------
+
+namespace {
+
+/// Before each file that is opened in it, the store at work does something more.
+class BusyFolder : public DiskFolder {
+public:
+    BusyFolder(Disk* disk, std::function<void()> work) : DiskFolder(disk), work_(std::move(work)) {}
+    Result<std::unique_ptr<detail::FolderFile>> open_file(const std::string& name,
+                                                          bool create) override {
+        work_();
+        return DiskFolder::open_file(name, create);
+    }
+
+private:
+    std::function<void()> work_;
+};
+
+}  // namespace
+
+TEST_CASE("store: a copy made beside a store at work has what was there before") {
+    int passes = 0;  // of copies, in which a manifest was read again
+    for (uint64_t seed = 1; seed <= 200; ++seed) {
+        Random random{seed};
+        Disk disk, copy;
+        FileStoreOptions options = by_hand();
+        options.segment_bytes = 2000;
+        auto store = *open_on(&disk, options);
+        Direct direct{store.get(), store.get()};
+        int added = 0, erased = 0;
+        const auto id = [](int i) { return "r" + std::to_string(i); };
+        const auto work = [&] {
+            REQUIRE(direct.add(record(id(added), size_t(random.below(300)))).ok());
+            REQUIRE(direct.finish(id(added), std::string(300, 'o'), 1000).ok());
+            ++added;
+            if (added - erased > 8) REQUIRE(direct.erase(id(erased++), false, 1000).ok());
+            if (random.below(4) == 0) direct.expire(1000);  // may compact
+        };
+        for (int i = 0; i < 40; ++i) work();
+        const int before = added;
+        int opened = 0;
+        BusyFolder from(&disk, [&] {
+            ++opened;
+            for (uint64_t i = random.below(4); i > 0 && added < before + 60; --i) work();
+        });
+        DiskFolder to(&copy);
+        auto copied = detail::journal_copy(from, to);
+        REQUIRE_MESSAGE(copied.ok(), copied.error().message);
+        passes += opened > int(copy.names.size()) + 1;
+        auto second = open_on(&copy, options);
+        REQUIRE_MESSAGE(second.ok(), second.error().message);
+        for (int i = erased; i < before; ++i) {
+            const auto found = (*second)->find("a", id(i));
+            REQUIRE_MESSAGE(found, "seed " << seed << ": r" << i);
+            CHECK((found->terminal && *found->object == std::string(300, 'o')));
+        }
+    }
+    CHECK(passes > 20);
+}
+
+TEST_CASE("store: a copy that does not fit leaves nothing that looks like one") {
+    Disk disk, copy;
+    {
+        auto store = *open_on(&disk);
+        Direct direct{store.get(), store.get()};
+        for (int i = 0; i < 10; ++i) REQUIRE(direct.add(record("r" + std::to_string(i), 500)).ok());
+    }
+    copy.capacity = 3000;
+    DiskFolder from(&disk), to(&copy);
+    auto copied = detail::journal_copy(from, to);
+    REQUIRE_FALSE(copied);
+    CHECK(copied.error().kind == ErrorKind::overloaded);
+    CHECK(copy.names.empty());
+    disk.names["00000001.journal"]->now.resize(10);
+    copy.capacity = UINT64_MAX;
+    copied = detail::journal_copy(from, to);
+    REQUIRE_FALSE(copied);
+    CHECK(copied.error().kind == ErrorKind::bad_data);
+    CHECK(copied.error().message.find("'00000001.journal'") != std::string::npos);
 }
 
 // ---- Files of different moments ------------------------------------------------------------------

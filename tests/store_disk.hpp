@@ -3,11 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/internal.hpp"
@@ -27,6 +29,20 @@ struct Random {  // splitmix64
     uint64_t below(uint64_t limit) { return next() % limit; }
 };
 
+/// A number that a test may set while a store's thread reads it.
+struct Shared {
+    std::atomic<uint64_t> value;
+    Shared(uint64_t from) : value(from) {}
+    Shared(const Shared& other) : value(other.value.load()) {}
+    Shared& operator=(const Shared& other) {
+        value = other.value.load();
+        return *this;
+    }
+    operator uint64_t() const { return value; }
+    void operator+=(uint64_t more) { value += more; }
+    void operator-=(uint64_t less) { value -= less; }
+};
+
 class Disk {
 public:
     static constexpr size_t sector = 512;
@@ -39,6 +55,7 @@ public:
         std::mutex mutex;  // guards `now`: a FolderFile is read from any thread while one writes
         std::string now, synced;
         std::vector<Change> unsynced;
+        uint64_t allocated = 0;  // of the capacity
     };
     using Entry = std::shared_ptr<File>;  // null: no such name
 
@@ -46,9 +63,9 @@ public:
     std::map<std::string, std::vector<Entry>> history;  // of names since the folder was synced
     int64_t until_crash = -1;                           // operations that still work; -1: all
     int64_t operations = 0;                             // done so far
-    uint64_t capacity = UINT64_MAX;                     // bytes that can still be written
+    Shared capacity = UINT64_MAX;                       // bytes that can still be written
     int syncs_until_failure = -1;
-    uint64_t clock_ns = 1'000'000'000;  // of the machine, and since which start of it
+    Shared clock_ns = 1'000'000'000;  // of the machine, and since which start of it
     std::string boot = "first";
 
     static Result<void> failure(ErrorKind kind, const char* message) {
@@ -161,6 +178,17 @@ public:
         return {};
     }
 
+    Result<void> allocate(uint64_t size) override {
+        if (disk_->capacity == UINT64_MAX || size <= file_->allocated) {
+            file_->allocated = std::max(file_->allocated, size);
+            return {};
+        }
+        if (size - file_->allocated > disk_->capacity)
+            return Disk::failure(ErrorKind::overloaded, "the disk is full");
+        disk_->capacity -= size - std::exchange(file_->allocated, size);
+        return {};
+    }
+
 private:
     void change(Disk::Change change) {
         const std::lock_guard<std::mutex> lock(file_->mutex);
@@ -199,9 +227,13 @@ public:
     }
     Result<void> remove(const std::string& name) override {
         if (auto done = disk_->operate(); !done) return done;
+        const auto found = disk_->names.find(name);
+        if (found != disk_->names.end() && disk_->capacity != UINT64_MAX)
+            disk_->capacity += std::exchange(found->second->allocated, 0);
         disk_->set(name, nullptr);
         return {};
     }
+    uint64_t free_bytes() const override { return disk_->capacity; }
     Result<void> sync() override {
         if (auto done = disk_->sync(); !done) return done;
         disk_->history.clear();

@@ -200,7 +200,13 @@ int fill(const char* folder) {
     if (!store) fail(store.error().message);
     int next = 0;
     const int first = fill_up(**store, &next);
+    if (!store.value()->failure()) fail("a full disk is no failure");
     std::remove(ballast.c_str());
+    for (int i = 0; store.value()->failure(); ++i) {
+        if (i > 200) fail("room is not seen");
+        store.value()->expire(store.value()->now_ms());
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
     const int second = fill_up(**store, &next);
     if (first < 100 || second < 100) fail("room was not used");
     store.value().reset();

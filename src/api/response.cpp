@@ -129,8 +129,25 @@ std::vector<Item> output_items(const Outcome& outcome, Status status) {
     return items;
 }
 
+// An item's id has what comes after "resp_" in its response's, so that it is found without an index.
+static constexpr std::string_view response_prefix = "resp_";
+
+static std::string id_in_response(const std::string& response_id, const char* prefix) {
+    return prefix + response_id.substr(std::min(response_prefix.size(), response_id.size()));
+}
+
+std::string first_message_id(const std::string& response_id) {
+    return id_in_response(response_id, item_type(Item::Kind::message).prefix);
+}
+
 std::string output_item_id(const std::string& response_id, Item::Kind kind, size_t index) {
-    return derive_id(item_type(kind).prefix, response_id + "/" + std::to_string(index));
+    return id_in_response(response_id, item_type(kind).prefix) + std::to_string(index);
+}
+
+std::string item_response_id(std::string_view item_id) {
+    const size_t drawn = item_id.find('_');
+    if (drawn == item_id.npos) return {};
+    return std::string(response_prefix).append(item_id.substr(drawn + 1, drawn_characters));
 }
 
 const char* output_item_status(bool last, Status status, bool cut, const DialectWords& words) {
@@ -228,7 +245,7 @@ namespace {
 
 Json render_metadata(const Json& given) {
     Json shown = given.is_object() ? given : Json::object();
-    if (Json* token = shown.find("webhook_token")) *token = "***";
+    if (Json* token = shown.find(kWebhookTokenKey)) *token = "***";
     return shown;
 }
 

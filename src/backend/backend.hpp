@@ -44,7 +44,9 @@ struct MemoryPlan {
     uint64_t weights = 0;  ///< a private copy
     uint64_t kv = 0;
     uint64_t scratch = 0;
-    uint64_t mapped = 0;  ///< of the file, read in place; not part of total()
+    /// Of the file, read in place; not part of total(). Of address space also `packed` takes as much
+    /// as the file is long, as long as the model is open: its pages are given back as they are read.
+    uint64_t mapped = 0;
     uint64_t total() const { return weights + kv + scratch; }
 };
 

@@ -65,6 +65,7 @@ SystemHandle open_to_read(const std::string& path) {
 }
 
 bool is_regular(SystemHandle file) { return GetFileType(file) == FILE_TYPE_DISK; }
+unsigned open_mode(SystemHandle) { return 0; }
 
 OVERLAPPED place(uint64_t offset) {
     OVERLAPPED where{};
@@ -159,6 +160,13 @@ SystemHandle open_to_read(const std::string& path) {
 bool is_regular(SystemHandle file) {
     FileStatus status{};
     return status_of(file, &status) == 0 && S_ISREG(status.st_mode);
+}
+
+// What others than the owner may do that they should not with a secret.
+unsigned open_mode(SystemHandle file) {
+    FileStatus status{};
+    if (status_of(file, &status) != 0) return 0;
+    return (status.st_mode & (S_IWGRP | S_IROTH | S_IWOTH)) ? status.st_mode & 0777u : 0;
 }
 
 // How many bytes one call moved, 0 at the end of the file, -1 when it failed.
@@ -341,9 +349,15 @@ void MappedFile::release(size_t offset, size_t length) const {
 
 #endif
 
-Result<std::string> read_file(const std::string& path, uint64_t limit) {
+Result<std::string> read_file(const std::string& path, uint64_t limit, bool is_private) {
     const auto file = open_regular(path);
     if (!file) return file.error();
+    if (const unsigned mode = is_private ? open_mode(file->handle) : 0)
+        return make_error(
+            ErrorKind::permission,
+            format("'%s' has the mode %04o: others may read or write it (chmod 600, or "
+                   "640 for its group to read it)",
+                   path.c_str(), mode));
     std::string text;
     char piece[16384];
     for (;;) {
@@ -478,6 +492,14 @@ bool truncate_file(SystemHandle file, uint64_t size) {
     return SetFilePointerEx(file, end, nullptr, FILE_BEGIN) && SetEndOfFile(file);
 }
 
+bool allocate_file(SystemHandle file, uint64_t size) { return truncate_file(file, size); }
+
+uint64_t free_on_disk(const std::string& path) {
+    ULARGE_INTEGER free{};
+    return GetDiskFreeSpaceExW(utf16_from(path).c_str(), &free, nullptr, nullptr) ? free.QuadPart
+                                                                                  : UINT64_MAX;
+}
+
 bool sync_data(SystemHandle file) { return FlushFileBuffers(file) != 0; }
 
 using SystemCode = DWORD;
@@ -528,6 +550,26 @@ bool file_size(SystemHandle file, uint64_t* size) {
 }
 
 bool truncate_file(SystemHandle file, uint64_t size) { return set_size(file, size) == 0; }
+
+bool allocate_file(SystemHandle file, uint64_t size) {
+    const off_t bytes = static_cast<off_t>(std::min<uint64_t>(size, INT32_MAX));
+#if defined(__APPLE__)
+    fstore_t wanted = {F_ALLOCATEALL, F_PEOFPOSMODE, 0, bytes, 0};
+    return fcntl(file, F_PREALLOCATE, &wanted) != -1 && truncate_file(file, size);
+#elif defined(__linux__) || defined(__FreeBSD__)
+    const int error = posix_fallocate(file, 0, bytes);
+    errno = error;
+    return error == 0 || error == EINVAL || error == EOPNOTSUPP;  // where nothing can be taken
+#else
+    return truncate_file(file, size);
+#endif
+}
+
+uint64_t free_on_disk(const std::string& path) {
+    struct statvfs found = {};
+    if (statvfs(path.c_str(), &found) != 0) return UINT64_MAX;
+    return uint64_t(found.f_bavail) * uint64_t(found.f_frsize);
+}
 
 bool sync_data(SystemHandle file) {
 #if defined(__APPLE__)
@@ -618,11 +660,25 @@ public:
         return system_result(truncate_file(file_.handle, size), "truncate", path_);
     }
     Result<void> sync() override { return system_result(sync_data(file_.handle), "sync", path_); }
+    Result<void> allocate(uint64_t size) override {
+        return system_result(allocate_file(file_.handle, size), "allocate", path_);
+    }
 
 private:
     std::string path_;
     FileHandle file_;
 };
+
+/// Whether what lies there is another user's.
+bool is_foreign(const std::string& path) {
+#if defined(_WIN32)
+    (void)path;
+    return false;
+#else
+    struct stat status {};
+    return stat(path.c_str(), &status) == 0 && status.st_uid != geteuid();
+#endif
+}
 
 /// Why a folder cannot be made, or not locked, where the system's own words say too little.
 struct FolderFault {
@@ -632,6 +688,8 @@ struct FolderFault {
 };
 constexpr const char* folder_in_use = "is in use by another process";
 constexpr const char* folder_forbidden = "may not be written by this user: its permissions";
+constexpr const char* folder_foreign =
+    "belongs to another user, or a file in it does: this one may not write it";
 constexpr const char* folder_read_only = "lies on a read-only file system";
 constexpr const char* folder_orphan = "cannot be made: the directory that is to hold it is missing";
 constexpr const char* folder_is_none = "is not a directory";
@@ -664,8 +722,12 @@ Error folder_error(const std::string& path, bool made) {
     const SystemCode code = system_code();
     Error error = os_error("cannot use the directory '" + path + "'");
     for (const FolderFault& fault : folder_faults)
-        if (fault.code == code)
-            error.message = "'" + path + "' " + (made ? fault.locking : fault.making);
+        if (fault.code == code) {
+            const char* why = made ? fault.locking : fault.making;
+            const bool foreign = made && why == folder_forbidden &&
+                                 (is_foreign(path) || is_foreign(path + "/lock"));
+            error.message = "'" + path + "' " + (foreign ? folder_foreign : why);
+        }
     if (error.kind == ErrorKind::not_found) error.kind = ErrorKind::io;
     return error;
 }
@@ -676,6 +738,10 @@ public:
     Result<void> lock() {
         if (open_folder(path_, &self_)) lock_file(path_ + "/lock", &lock_);
         if (lock_.ok()) return {};
+        return folder_error(path_, true);
+    }
+    Result<void> look() {
+        if (open_folder(path_, &self_)) return {};
         return folder_error(path_, true);
     }
     Result<std::vector<std::string>> list() override { return list_names(path_); }
@@ -693,6 +759,7 @@ public:
         return system_result(unlink_path(path_ + "/" + name), "remove", path_ + "/" + name);
     }
     Result<void> sync() override { return system_result(sync_folder(self_), "sync", path_); }
+    uint64_t free_bytes() const override { return free_on_disk(path_); }
 
 private:
     std::string path_;
@@ -709,6 +776,13 @@ Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
     if (!make_folder(path)) return folder_error(path, false);
     auto folder = std::make_unique<SystemFolder>(path);
     if (auto locked = folder->lock(); !locked) return locked.error();
+    return std::unique_ptr<Folder>(std::move(folder));
+}
+
+Result<std::unique_ptr<Folder>> Folder::open_beside(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    auto folder = std::make_unique<SystemFolder>(path);
+    if (auto found = folder->look(); !found) return found.error();
     return std::unique_ptr<Folder>(std::move(folder));
 }
 

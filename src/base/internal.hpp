@@ -120,7 +120,9 @@ private:
     size_t size_ = 0;
 };
 
-Result<std::string> read_file(const std::string& path, uint64_t limit);
+/// `is_private`: refuses (permission) what others than its owner may write, or others than its group
+/// read, where files have modes.
+Result<std::string> read_file(const std::string& path, uint64_t limit, bool is_private = false);
 
 /// A file in the making: a temporary beside `path` that takes its name in commit(). So the file is
 /// whole or as it was before; without commit() nothing is left.
@@ -149,6 +151,8 @@ public:
     virtual Result<void> write_at(uint64_t offset, std::string_view bytes) = 0;   ///< all of them
     virtual Result<void> truncate(uint64_t size) = 0;
     virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
+    /// Takes so many bytes of the disk for this file. Errors: overloaded.
+    virtual Result<void> allocate(uint64_t /*size*/) { return {}; }
 };
 
 /// The files of one directory and the clock of its machine: the seam under which tests put a disk
@@ -159,13 +163,17 @@ public:
     /// Makes it where it is absent, for this user only, and locks it against other processes and
     /// Folders as long as it lives. Errors: io names who holds it.
     static Result<std::unique_ptr<Folder>> open(const std::string& path);
+    /// One that is there, to read in beside whoever has it locked.
+    static Result<std::unique_ptr<Folder>> open_beside(const std::string& path);
     virtual ~Folder() = default;
     virtual Result<std::vector<std::string>> list() = 0;  ///< names, in no order
     /// For reading and writing; `create` makes it, or empties it. Errors: not_found.
     virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
     virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
     virtual Result<void> remove(const std::string& name) = 0;
-    virtual Result<void> sync() = 0;    ///< names made, changed and removed so far are on the disk
+    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
+    /// Of its disk. UINT64_MAX: unknown.
+    virtual uint64_t free_bytes() const { return UINT64_MAX; }
     virtual uint64_t clock_ns() const;  ///< monotonic_ns, from any thread
     virtual std::string boot() const;   ///< boot_id
 };
@@ -183,6 +191,19 @@ public:
 
 private:
     uintptr_t handle_ = 0;
+};
+
+/// How far the calling thread's stack reaches: for what recurses as deep as a template or a schema
+/// says. Knows nothing of a thread other than the one that made it.
+class StackLimit {
+public:
+    StackLimit();
+    /// What is left is for functions that do not recurse, and does not hold `more` beside them.
+    bool is_low(size_t more = 0) const;
+    static constexpr size_t reserve = size_t{14} << 10;
+
+private:
+    uintptr_t floor_;
 };
 
 /// The process that made it.

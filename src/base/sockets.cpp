@@ -8,11 +8,13 @@
 #include "base/sockets.hpp"
 #include "base/system.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -139,6 +141,8 @@ NetLength net_pack(const NetAddress& address, sockaddr_storage* storage) {
 
 NetAddress net_unpack(const sockaddr_storage& storage) {
     NetAddress address;
+    address.local = storage.ss_family == AF_UNIX;
+    if (address.local) return address;
     if (storage.ss_family == AF_INET) {
         const auto& in = reinterpret_cast<const sockaddr_in&>(storage);
         address.v4 = true;
@@ -153,9 +157,9 @@ NetAddress net_unpack(const sockaddr_storage& storage) {
     return address;
 }
 
-Result<uintptr_t> net_new_socket(const NetAddress& address) {
+Result<uintptr_t> net_new_socket(int family) {
     if (!net_start()) return net_error("cannot start the system's sockets");
-    const NetHandle handle = net_socket(address.v4 ? AF_INET : AF_INET6, SOCK_STREAM, IPPROTO_TCP);
+    const NetHandle handle = net_socket(family, SOCK_STREAM, 0);
     const auto value = static_cast<uintptr_t>(handle);
     if (value == Socket::none) return net_error("cannot make a socket");
     if (net_prepare(handle)) return value;
@@ -184,7 +188,14 @@ Result<NetAddress> NetAddress::parse(std::string_view host, uint16_t port) {
     return address;
 }
 
+std::optional<std::string> unix_path(std::string_view host) {
+    constexpr std::string_view prefix = "unix:";
+    if (!host.starts_with(prefix)) return std::nullopt;
+    return std::string(host.substr(prefix.size()));
+}
+
 std::string NetAddress::host() const {
+    if (local) return "unix";
     char text[INET6_ADDRSTRLEN] = {};
     const void* bytes = v4 ? ip + 12 : ip;
     ::inet_ntop(v4 ? AF_INET : AF_INET6, bytes, text, sizeof text);
@@ -192,13 +203,58 @@ std::string NetAddress::host() const {
 }
 
 std::string NetAddress::text() const {
+    if (local) return host();
     return format(v4 ? "%s:%u" : "[%s]:%u", host().c_str(), unsigned{port});
 }
 
 bool NetAddress::is_loopback() const {
+    if (local) return true;
     if (std::memcmp(ip, mapped_prefix, 12) == 0) return ip[12] == 127;
     static constexpr uint8_t loopback[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};
     return std::memcmp(ip, loopback, 16) == 0;
+}
+
+namespace {
+
+/// Whether a socket can be bound to it.
+bool is_own(NetAddress address) {
+    address.port = 0;
+    auto handle = net_new_socket(address.v4 ? AF_INET : AF_INET6);
+    if (!handle) return true;  // then it is not called
+    sockaddr_storage storage;
+    const NetLength length = net_pack(address, &storage);
+    const bool bound = ::bind(net_native(*handle), reinterpret_cast<sockaddr*>(&storage), length) ==
+                       0;
+    net_close(net_native(*handle));
+    return bound;
+}
+
+}  // namespace
+
+bool net_reaches(const NetAddress& address, const NetAddress& listener) {
+    if (listener.port == 0 || address.port != listener.port) return false;
+    if (std::memcmp(address.ip, listener.ip, sizeof address.ip) == 0) return true;
+    const std::string everywhere = listener.host();
+    return (everywhere == "0.0.0.0" || everywhere == "::") && is_own(address);
+}
+
+Result<std::vector<NetAddress>> net_resolve(const std::string& name, uint16_t port) {
+    if (!net_start()) return net_error("cannot start the system's sockets");
+    addrinfo wanted = {}, *found = nullptr;
+    wanted.ai_family = AF_UNSPEC;
+    wanted.ai_socktype = SOCK_STREAM;
+    const int failed = ::getaddrinfo(name.c_str(), nullptr, &wanted, &found);
+    std::vector<NetAddress> addresses;
+    for (const addrinfo* one = failed ? nullptr : found; one; one = one->ai_next) {
+        if (one->ai_family != AF_INET && one->ai_family != AF_INET6) continue;
+        sockaddr_storage storage = {};
+        std::memcpy(&storage, one->ai_addr, std::min<size_t>(one->ai_addrlen, sizeof storage));
+        addresses.push_back(net_unpack(storage));
+        addresses.back().port = port;
+    }
+    if (!failed) ::freeaddrinfo(found);
+    if (addresses.empty()) return make_error(ErrorKind::io, "cannot resolve '" + name + "'");
+    return addresses;
 }
 
 Socket& Socket::operator=(Socket&& other) noexcept {
@@ -211,7 +267,7 @@ void Socket::close() {
 }
 
 Result<Socket> Socket::listen(const NetAddress& address, int backlog) {
-    auto handle = net_new_socket(address);
+    auto handle = net_new_socket(address.v4 ? AF_INET : AF_INET6);
     if (!handle) return handle.error();
     Socket socket(*handle);
     const NetHandle native = net_native(*handle);
@@ -234,8 +290,92 @@ Result<Socket> Socket::listen(const NetAddress& address, int backlog) {
     return socket;
 }
 
+#if defined(_WIN32)
+uint64_t socket_file(const std::string&) { return 0; }
+void remove_socket_file(const std::string&, uint64_t) {}
+
+Result<Socket> Socket::listen_unix(const std::string&, int) {
+    return make_error(ErrorKind::unsupported, "no Unix sockets on this system");
+}
+Result<Socket> Socket::connect_unix(const std::string& path) { return listen_unix(path, 0); }
+#else
+uint64_t socket_file(const std::string& path) {
+    struct stat found;
+    if (::lstat(path.c_str(), &found) != 0 || !S_ISSOCK(found.st_mode)) return 0;
+    const uint64_t file = static_cast<uint64_t>(found.st_ino) ^ static_cast<uint64_t>(found.st_dev)
+                                                                    << 40;
+    return file ? file : 1;
+}
+
+void remove_socket_file(const std::string& path, uint64_t file) {
+    if (file != 0 && socket_file(path) == file) ::unlink(path.c_str());
+}
+
+namespace {
+
+Result<sockaddr_un> net_unix_name(const std::string& path) {
+    sockaddr_un name = {};
+    if (path.empty() || path.size() >= sizeof name.sun_path || path.find('\0') != path.npos)
+        return make_error(ErrorKind::invalid_request,
+                          format("the path of a Unix socket has 1 to %zu bytes, not %zu",
+                                 sizeof name.sun_path - 1, path.size()));
+    name.sun_family = AF_UNIX;
+    std::memcpy(name.sun_path, path.data(), path.size());
+    return name;
+}
+
+/// Calls ::bind or ::connect; 0, or what went wrong.
+template <class Call>
+int net_with_name(Call call, const Socket& socket, const sockaddr_un& name) {
+    const int rc = call(net_native(socket.handle()), reinterpret_cast<const sockaddr*>(&name),
+                        sizeof name);
+    return rc == 0 ? 0 : errno;
+}
+
+}  // namespace
+
+Result<Socket> Socket::open_unix() {
+    auto handle = net_new_socket(AF_UNIX);
+    if (!handle) return handle.error();
+    return Socket(*handle);
+}
+
+Result<Socket> Socket::listen_unix(const std::string& path, int backlog) {
+    const auto name = net_unix_name(path);
+    auto socket = name ? open_unix() : name.error();
+    if (!socket) return socket;
+    int failed = net_with_name(::bind, *socket, *name);
+    // What is left over from one that is gone, and nobody listens at, is replaced.
+    if (failed == EADDRINUSE && socket_file(path) != 0) {
+        const auto probe = open_unix();
+        if (probe && net_with_name(::connect, *probe, *name) == ECONNREFUSED &&
+            ::unlink(path.c_str()) == 0)
+            failed = net_with_name(::bind, *socket, *name);
+    }
+    const bool bound = failed == 0;
+    constexpr mode_t mode = 0660;  // before anybody can connect
+    if (bound &&
+        (::chmod(path.c_str(), mode) != 0 || ::listen(net_native(socket->handle()), backlog) != 0))
+        failed = errno;
+    if (failed == 0) return socket;
+    if (bound) ::unlink(path.c_str());
+    errno = failed;
+    return net_error("cannot listen on unix:" + path);
+}
+
+Result<Socket> Socket::connect_unix(const std::string& path) {
+    const auto name = net_unix_name(path);
+    auto socket = name ? open_unix() : name.error();
+    if (!socket) return socket;
+    const int failed = net_with_name(::connect, *socket, *name);
+    if (failed == 0 || net_connecting(failed)) return socket;
+    errno = failed;
+    return net_error("cannot connect to unix:" + path);
+}
+#endif
+
 Result<Socket> Socket::connect(const NetAddress& address) {
-    auto handle = net_new_socket(address);
+    auto handle = net_new_socket(address.v4 ? AF_INET : AF_INET6);
     if (!handle) return handle.error();
     Socket socket(*handle);
     sockaddr_storage storage;
@@ -244,6 +384,12 @@ Result<Socket> Socket::connect(const NetAddress& address) {
         !net_connecting(net_errno()))
         return net_error("cannot connect to " + address.text());
     return socket;
+}
+
+Result<Socket> Socket::spare() {
+    auto handle = net_new_socket(AF_INET);
+    if (!handle) return handle.error();
+    return Socket(*handle);
 }
 
 IoStatus Socket::connected() const {

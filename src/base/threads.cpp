@@ -127,6 +127,84 @@ void Thread::join() {
     handle_ = 0;
 }
 
+// ---- Stacks ----------------------------------------------------------------------------------
+
+namespace {
+
+struct StackBounds {
+    uintptr_t low = 0, high = 0;  // high 0: not known
+};
+
+// Not a local variable's: ASan may have those elsewhere.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define VALAR_STACK_ADDRESS() reinterpret_cast<uintptr_t>(_AddressOfReturnAddress())
+#else
+#define VALAR_STACK_ADDRESS() reinterpret_cast<uintptr_t>(__builtin_frame_address(0))
+#endif
+
+#if defined(_WIN32)
+
+// The reservation that holds the address; fibers have their own. Its last pages are guards.
+StackBounds stack_bounds(uintptr_t here) {
+    constexpr uintptr_t guards = 12 << 10;
+    MEMORY_BASIC_INFORMATION about;
+    if (!VirtualQuery(reinterpret_cast<void*>(here), &about, sizeof about)) return {};
+    return {reinterpret_cast<uintptr_t>(about.AllocationBase) + guards, UINTPTR_MAX};
+}
+
+#elif defined(__linux__)
+
+// The first thread's stack ends with the program's name and grows to the process's limit;
+// pthread_getattr_np would read /proc for it.
+StackBounds first_stack() {
+    const uintptr_t high = uintptr_t(getauxval(AT_EXECFN));
+    rlimit limit{};
+    if (high == 0 || getrlimit(RLIMIT_STACK, &limit) != 0) return {};
+    const uint64_t bytes = std::min<uint64_t>(limit.rlim_cur, uint64_t{64} << 20);
+    return {high - size_t(std::min<uint64_t>(bytes, high)), high};
+}
+
+StackBounds stack_bounds(uintptr_t) {
+    if (syscall(SYS_gettid) == getpid()) return first_stack();
+    pthread_attr_t attributes;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) return {};
+    void* low = nullptr;
+    size_t bytes = 0;
+    const bool known = pthread_attr_getstack(&attributes, &low, &bytes) == 0;
+    pthread_attr_destroy(&attributes);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(low);
+    return known ? StackBounds{begin, begin + bytes} : StackBounds{};
+}
+
+#elif defined(__APPLE__)
+
+StackBounds stack_bounds(uintptr_t) {
+    const pthread_t self = pthread_self();
+    const uintptr_t high = reinterpret_cast<uintptr_t>(pthread_get_stackaddr_np(self));
+    return {high - pthread_get_stacksize_np(self), high};
+}
+
+#else
+
+StackBounds stack_bounds(uintptr_t) { return {}; }
+
+#endif
+
+}  // namespace
+
+StackLimit::StackLimit() {
+    constexpr uintptr_t unknown = 256 << 10, foreign = 40 << 10;  // a coroutine's, on the heap
+    const uintptr_t here = VALAR_STACK_ADDRESS();
+    const StackBounds bounds = stack_bounds(here);
+    const bool inside = here > bounds.low && here < bounds.high;
+    const uintptr_t most = bounds.high == 0 ? unknown : foreign;
+    floor_ = (inside ? bounds.low : here - std::min(here, most)) + reserve;
+}
+
+bool StackLimit::is_low(size_t more) const { return VALAR_STACK_ADDRESS() < floor_ + more; }
+
+#undef VALAR_STACK_ADDRESS
+
 #if defined(_WIN32) || defined(__wasi__)  // no fork
 Process::Process() : id_(0) {}
 bool Process::is_this() const { return true; }

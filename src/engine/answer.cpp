@@ -18,14 +18,12 @@ namespace detail {
 
 namespace {
 
-void add_outcome(const Sequence& sequence, ResponderStats* counts) {
+void add_outcome(Sequence& sequence, ResponderStats* counts) {
     const Outcome& outcome = sequence.outcome;
+    AnswerWriter::count(sequence, counts);
     ++(outcome.status == Status::completed ? counts->completed
        : outcome.status == Status::failed  ? counts->failed
                                            : counts->cancelled);
-    counts->input_tokens += sequence.started_ns ? outcome.usage.input_tokens : 0;
-    counts->output_tokens += outcome.usage.output_tokens;
-    counts->cached_tokens += outcome.usage.cached_tokens;
     counts->queue_us += outcome.timings.queue_us;
     counts->prefill_us += outcome.timings.prefill_us;
     counts->decode_us += outcome.timings.decode_us;
@@ -42,6 +40,22 @@ std::string& text_of(Item& item) {
 }
 
 }  // namespace
+
+void AnswerWriter::count(Sequence& sequence, ResponderStats* counts) {
+    const Usage& now = sequence.outcome.usage;
+    Usage& before = sequence.counted;
+    const auto add = [](uint64_t* sum, uint32_t value, uint32_t* known) {
+        *sum += value - std::exchange(*known, value);
+    };
+    const uint32_t read = std::max(sequence.reached, sequence.computed);
+    add(&counts->input_tokens, std::min(read, now.input_tokens), &before.input_tokens);
+    add(&counts->cached_tokens, now.cached_tokens, &before.cached_tokens);
+    add(&counts->output_tokens, now.output_tokens, &before.output_tokens);
+    counts->drafted_tokens += std::exchange(sequence.drafted, 0);
+    counts->accepted_tokens += std::exchange(sequence.accepted, 0);
+    counts->constrained_tokens += std::exchange(sequence.constrained, 0);
+    counts->masks += std::exchange(sequence.masks, 0);
+}
 
 // All that grows later gets its room here: nothing is allocated for a token.
 void AnswerWriter::begin(Sequence& sequence) {

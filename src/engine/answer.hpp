@@ -27,6 +27,8 @@ public:
     void add_token(Sequence& sequence, Token token, std::span<const float> logits);
     /// The reply learns the end; the sequence is `over`.
     void end(Sequence& sequence, Status status, std::optional<Error> error = {});
+    /// What came since the last time goes to the statistics, so that they grow while tokens are made.
+    static void count(Sequence& sequence, ResponderStats* counts);
 
 private:
     void begin_item(Item::Kind kind, std::string_view name) override;

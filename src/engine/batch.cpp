@@ -46,10 +46,12 @@ void Scheduler::build_batch(uint64_t budget_ns) {
     if (!begun) options_.log(LogLevel::error, begun.error().message);
 }
 
-// Prompt tokens for the next batch: less where it would take longer than the caller's budget or
-// hold up answers.
+// Prompt tokens for the next batch: less where it would take longer than the caller's budget, hold
+// up answers, or let those wait who come meanwhile.
 uint32_t Scheduler::prompt_rows(bool answers, uint64_t budget_ns) const {
-    const uint64_t target = answers ? std::min(budget_ns, kMixedNs) : budget_ns;
+    const uint64_t wait_ns = uint64_t{options_.max_wait_step_ms} * 1'000'000;
+    const uint64_t target = std::min(
+        {budget_ns, answers ? kMixedNs : kNoLimit, wait_ns ? wait_ns : kNoLimit});
     if (target == kNoLimit) return step_tokens_;
     const uint64_t fit = row_ns_ ? target / row_ns_ : 0;
     return static_cast<uint32_t>(
@@ -191,18 +193,14 @@ void Scheduler::take_results(Sequence& sequence) {
     if (sequence.logits >= 0) {
         const uint32_t row = static_cast<uint32_t>(sequence.logits);
         uint32_t accepted = 0;
-        for (;; ++accepted) {
+        sequence.drafted += drafted;
+        for (;; ++accepted, ++sequence.accepted) {
             const auto token = draw_token(sequence, row + accepted);
             if (sequence.over || accepted == drafted || token != sequence.drafts.tokens[accepted])
                 break;
         }
         sequence.computed += accepted;
         sequence.drafts.settle(drafted, accepted);
-        if (drafted > 0)
-            desk_.count([&](ResponderStats& counts) {
-                counts.drafted_tokens += drafted;
-                counts.accepted_tokens += accepted;
-            });
     }
     sequence.reached = std::max(sequence.reached, sequence.computed);
     cache_.keep(sequence);
@@ -247,11 +245,13 @@ Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
     }
     if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
     MaskMaker& masks = *sequence.prompt->masks;
+    ++sequence.constrained;
     // The best of all tokens is the best of the allowed ones if it is one of them.
     if (sequence.sampler.takes_best()) {
         const Token best = sequence.sampler.sample(*logits, sequence.length());
         if (masks.accept(sequence.grammar, best)) return best;
     }
+    ++sequence.masks;
     const auto allowed = masks.fill(sequence.grammar);
     if (std::all_of(allowed.begin(), allowed.end(), [](uint64_t word) { return word == 0; }))
         return make_error(ErrorKind::internal, "no token of this vocabulary goes on as it must");

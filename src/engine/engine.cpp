@@ -64,6 +64,13 @@ void Engine::State::stop() {
     thread.join();
 }
 
+std::vector<ModelInfo> Engine::State::models() const {
+    ModelInfo info = model->info();
+    info.ready = loaded || !awaited;
+    if (!info.ready) info.progress = progress.load(std::memory_order_relaxed);
+    return {std::move(info)};
+}
+
 Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request) {
     auto prompt = prompts.prepare(request);
     if (!prompt) return prompt.error();
@@ -97,6 +104,25 @@ Reply Engine::State::reply_to(Result<detail::PromptPtr> prompt) {
     }
     return Reply(std::move(reply));
 }
+
+namespace {
+
+std::string shown_threads(const BackendOptions& sizes) {
+    if (sizes.parallel_for.run) return "the host's threads";
+    const int helpers = sizes.threads < 0 ? physical_cores() - 1 : sizes.threads;
+    return helpers == 0 ? "1 thread" : std::to_string(helpers + 1) + " threads";
+}
+
+std::string shown_memory(const detail::ModelFile& file, const BackendOptions& sizes) {
+    const auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors, sizes);
+    if (!plan) return {};
+    const auto mib = [](uint64_t bytes) { return std::to_string(bytes >> 20); };
+    return detail::join({", ", mib(plan->total()), " MiB (weights ", mib(plan->weights),
+                         ", keys and values ", mib(plan->kv), ", scratch ", mib(plan->scratch),
+                         "; mapped ", mib(plan->mapped), ")"});
+}
+
+}  // namespace
 
 // ---- The step (one thread at a time) ---------------------------------------------------------
 
@@ -147,8 +173,10 @@ Result<bool> Engine::State::load(uint64_t deadline_ns) {
     progress.store(part, std::memory_order_relaxed);
     if (*done) {
         options.log(LogLevel::info,
-                    detail::join({"loaded ", model->file().gguf.name(), ", kernels ", kernels}));
+                    detail::join({"loaded ", model->file().gguf.name(), ", ", shown_threads(sizes),
+                                  shown_memory(model->file(), sizes), ", kernels ", kernels}));
         loaded.store(true, std::memory_order_release);
+        awaited = false;
     }
     return done;
 }

@@ -52,6 +52,8 @@ struct EngineOptions {
     bool share_prefixes = false;  ///< among organisations too: for a single tenant
     uint32_t standard_target_ms = 60'000;  ///< after this wait standard counts as asap
     uint32_t flex_target_ms = 300'000;     ///< after this wait flex counts as standard
+    uint32_t max_wait_step_ms = 250;  ///< of a batch, about: so long does who comes meanwhile wait;
+                                      ///< 0: only step_tokens limits it
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
     bool speculation = true;  ///< verify guesses from the text before: faster, the same answer
     Weights weights = Weights::packed;
@@ -97,6 +99,8 @@ private:
 /// A loaded model that answers requests. Movable handle over an object with a stable address.
 /// Threads: submit, count_tokens, responder, is_loaded, load_progress from any thread; step, start,
 /// stop and the destructor from one at a time. step() after start() is an error, not a race.
+/// Stack: 64 KiB do for every call of this library, a coroutine's too. begin_open, open and step take
+/// 33, submit 30, and more as templates, schemas and patterns nest, until an error says so.
 /// fork(): an engine, like a server and a store, stays with the process that opened it; a child may
 /// exit, destroy its copies or start another program, and opens its own to work.
 class VALAR_API Engine {

@@ -53,11 +53,22 @@ Result<Sampling> read_sampling(const Gguf& gguf) {
     return out;
 }
 
+// A name of several words as a word that stands in a URL or a shell: "My Model 8k" is my-model-8k.
+std::string one_word(const std::string& name) {
+    std::string word;
+    for (const char c : name)
+        if (c != ' ' && !(c >= '\t' && c <= '\r')) word += c;
+        else if (!word.empty() && word.back() != '-') word += '-';
+    while (word.ends_with('-')) word.pop_back();
+    return word == name ? name : ascii_lower(word);
+}
+
 std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
     if (!options.model_id.empty()) return utf8_repair(options.model_id);
-    if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
+    if (std::string name = one_word(spec.name); !name.empty() && utf8_valid(name)) return name;
     std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
     if (name.ends_with(".gguf")) name.resize(name.size() - 5);
+    name = one_word(name);
     return name.empty() ? "model" : utf8_repair(name);
 }
 

@@ -130,6 +130,7 @@ Result<void> EnginePool::State::add(const EngineOptions& model) {
     uint64_t wanted = member.bytes;
     for (const Member& other : members) wanted += other.wanted ? other.bytes : 0;
     member.wanted = options.preload && wanted <= options.memory_limit;
+    member.engine->awaited = member.wanted;
     members.push_back(std::move(member));
     return {};
 }
@@ -175,7 +176,7 @@ bool EnginePool::State::step(Member& member, uint64_t now) {
         member.loaded_ns = now;
     }
     const auto done = member.engine->work(now + detail::kPoolSliceNs, detail::kNoLimit);
-    if (!done || member.engine->loaded) member.wanted = false;
+    if (!done || member.engine->loaded) member.wanted = member.engine->awaited = false;
     if (!member.resident()) count_memory();  // it could not be loaded
     return true;
 }
@@ -205,7 +206,7 @@ EnginePool::State::Member* EnginePool::State::next_to_go(const Member& member, u
 
 void EnginePool::State::unload(Member& member) {
     member.engine->unload();
-    member.wanted = false;
+    member.wanted = member.engine->awaited = false;
     count_memory();
 }
 

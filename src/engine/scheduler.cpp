@@ -202,6 +202,7 @@ void Scheduler::count_running() {
     desk_.count([&](ResponderStats& counts) {
         counts.queued = static_cast<uint32_t>(waiting_.size());
         counts.running = static_cast<uint32_t>(running_.size());
+        for (const SequencePtr& sequence : running_) AnswerWriter::count(*sequence, &counts);
         cache_.report(&counts);
     });
 }

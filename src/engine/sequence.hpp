@@ -54,6 +54,8 @@ struct Sequence {
     std::string held;        // text that may begin a stop string
     bool item_open = false;  // the last of outcome.items is under way
     Outcome outcome;
+    Usage counted;  // of outcome.usage, what the statistics have
+    uint32_t drafted = 0, accepted = 0, constrained = 0, masks = 0;  // what they do not have yet
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
     uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before
 

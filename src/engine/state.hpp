@@ -54,6 +54,7 @@ struct Engine::State final : Responder {
     detail::Scheduler scheduler;
 
     std::atomic<bool> loaded{false}, stepping{false};
+    std::atomic<bool> awaited{true};  // it is being loaded for the first time
     std::atomic<float> progress{0};
     bool reloads = false;          // it was loaded before
     std::optional<Error> failure;  // nothing works any more
@@ -67,7 +68,7 @@ struct Engine::State final : Responder {
           std::shared_ptr<detail::Doorbell> outer);
     ~State() override;
 
-    std::vector<ModelInfo> models() const override { return {model->info()}; }
+    std::vector<ModelInfo> models() const override;
     Result<std::unique_ptr<Prepared>> prepare(const Request& request) override;
     Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) override;
     std::optional<Event> poll(const std::string& id) override { return desk.poll(id); }

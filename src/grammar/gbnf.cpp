@@ -106,6 +106,7 @@ private:
     }
     Part choice(bool nested) {
         if (++depth_ > kMostGbnfDepth) return fail("groups nest deeper than 64");
+        if (stack_.is_low()) return fail("groups nest too deep for this thread's stack");
         std::vector<Part> ways = {sequence(nested)};
         while (!failed_) {
             const size_t before = at_;
@@ -228,6 +229,7 @@ private:
     const Spelling spelling_;
     size_t at_ = 0;
     int depth_ = 0;
+    const StackLimit stack_ = {};
     bool failed_ = false;
     Error error_;
     std::map<std::string, Rule, std::less<>> rules_;

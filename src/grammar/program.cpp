@@ -426,7 +426,8 @@ private:
     uint32_t emit(Part p, uint32_t next) {
         if (height_[p] == unlimited) return 0;
         const Kind kind = parts_[p].kind;
-        if (kind != Kind::rule && !(is_big(kind) && uses_[p] > 1)) return emit_body(p, next);
+        const bool apart = is_big(kind) && (uses_[p] > 1 || stack_.is_low());
+        if (kind != Kind::rule && !apart) return emit_body(p, next);
         if (!entries_[p]) {
             entries_[p] = add_split({0});
             waiting_.push_back(p);
@@ -618,6 +619,7 @@ private:
     mutable std::map<std::pair<const Dfa*, std::vector<bool>>, OtherKeys> keys_;
     mutable bool failed_ = false;
     std::vector<Part> waiting_;
+    const StackLimit stack_ = {};  // where it ends, parts wait and are called
 };
 
 Result<GrammarPtr> GrammarBuilder::build(Result<Part> root) {

@@ -150,6 +150,7 @@ private:
     }
     uint32_t choice() {
         if (++depth_ > kMostGroups) return fail("groups nest deeper than 100");
+        if (stack_.is_low()) return fail("groups nest too deep for this thread's stack");
         std::vector<uint32_t> parts = {sequence()};
         while (more() && take("|")) parts.push_back(sequence());
         --depth_;
@@ -333,6 +334,7 @@ private:
     std::string_view text_;
     size_t at_ = 0;
     uint32_t depth_ = 0;
+    const StackLimit stack_ = {};
     bool failed_ = false;
     Error error_;
     Regex out_;

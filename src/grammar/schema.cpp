@@ -143,6 +143,10 @@ private:
         failed_ = true;
         return false;
     }
+    bool stack_is_low() {
+        return document_.stack_is_low() &&
+               !fail(document_.refuse(root_, "", "nests too deep for this thread's stack"));
+    }
     bool exceed() { return fail(document_.refuse(root_, "", budget_error().message)); }
     const Json* made(const Json* of, const std::string& key, Json schema) {
         auto& known = made_[{of, key}];
@@ -480,7 +484,7 @@ private:
     // ---- Expansion
     void expand(Branch b, Todo todo, std::vector<Branch>& out) {
         for (size_t i = 0; i < todo.size(); ++i) {
-            if (failed_ || !builder_.budget().take(20)) return;
+            if (failed_ || !builder_.budget().take(20) || stack_is_low()) return;
             const Literal literal = todo[i];
             const auto known = [&](Literal l) {
                 return std::find(b.done.begin(), b.done.end(), l) != b.done.end();
@@ -541,7 +545,7 @@ private:
             if (const Json* part = s.find(keyword)) find_scope(b, *part, out);
         for (const JsonMember& m : s["dependentSchemas"].members()) find_scope(b, m.value, out);
     }
-    std::vector<Branch> branches_of(const Conjunction& conjunction) {
+    VALAR_NOINLINE std::vector<Branch> branches_of(const Conjunction& conjunction) {
         std::vector<Branch> out;
         expand({}, conjunction, out);
         return out;
@@ -580,7 +584,7 @@ private:
         }
         return types == 0;
     }
-    std::vector<const Json*> allowed_values(const Branch& b) {
+    VALAR_NOINLINE std::vector<const Json*> allowed_values(const Branch& b) {
         std::vector<const Json*> out;
         for (const Json* v : *b.values) {
             bool ok = type_of(*v) & b.types;
@@ -613,6 +617,7 @@ private:
             fail(document_.refuse(root_, "", "nests too deep"));
             return no_part;
         }
+        if (stack_is_low()) return no_part;
         std::vector<Part> parts;
         for (const Branch& b : branches_of(conjunction)) add_parts(b, parts);
         known.part = builder_.choice(std::move(parts));
@@ -655,7 +660,7 @@ private:
         Budget budget;
         return *number_dfa(rules, budget);
     }
-    Part number_part(const Branch& b, uint32_t types) {
+    VALAR_NOINLINE Part number_part(const Branch& b, uint32_t types) {
         NumberRules rules = b.numbers;
         rules.integers = types & t_integer;
         rules.fractions = types & t_fraction;
@@ -729,7 +734,7 @@ private:
         return inside ? builder_.sequence({builder_.bytes("\""), inside, builder_.bytes("\"")})
                       : no_part;
     }
-    Part string_part(const Branch& b) {
+    VALAR_NOINLINE Part string_part(const Branch& b) {
         if (b.languages.size() == 1 && b.excluded.empty() && !b.languages[0].format &&
             b.languages[0].positive) {
             auto dfa = language_dfa(b.languages[0]);
@@ -811,7 +816,7 @@ private:
     }
     // Items that differ. Strings do as the keys of an object do; few values in a part for every set
     // of those that are there.
-    Part unique_part(const Branch& b, size_t first) {
+    VALAR_NOINLINE Part unique_part(const Branch& b, size_t first) {
         const Conjunction item = item_conjunction(b, first);
         const std::vector<Branch> branches = branches_of(item);
         const bool simple = !first && b.contains.empty();
@@ -821,7 +826,7 @@ private:
             return unique_strings(b, branches);
         return without_unique(b, "except for strings and for at most 8 values");
     }
-    Part without_unique(Branch b, std::string_view why) {
+    VALAR_NOINLINE Part without_unique(Branch b, std::string_view why) {
         if (!refuse(*b.unique, "uniqueItems", why)) return no_part;
         b.unique = nullptr;
         return array_part(b);
@@ -890,7 +895,7 @@ private:
         }
         return out;
     }
-    Conjunction member_conjunction(const Branch& b, std::string_view name) {
+    VALAR_NOINLINE Conjunction member_conjunction(const Branch& b, std::string_view name) {
         Conjunction out = group_conjunction(
             b, [&](const Json& s) { return s["properties"].find(name); },
             [&](const std::string& pattern) { return document_.matches(pattern, name); });
@@ -898,8 +903,9 @@ private:
             if (also == name) add_literal(out, literal);
         return out;
     }
-    Conjunction other_conjunction(const Branch& b, const std::vector<std::string>& patterns,
-                                  uint32_t bits) {
+    VALAR_NOINLINE Conjunction other_conjunction(const Branch& b,
+                                                 const std::vector<std::string>& patterns,
+                                                 uint32_t bits) {
         return group_conjunction(
             b, [](const Json&) { return nullptr; },
             [&](const std::string& pattern) {
@@ -912,7 +918,7 @@ private:
             if (document_.is_valid(*l.schema, Json(name)) != l.positive) return false;
         return std::find(b.absent.begin(), b.absent.end(), name) == b.absent.end();
     }
-    std::vector<std::string> names_of(const Branch& b) {
+    VALAR_NOINLINE std::vector<std::string> names_of(const Branch& b) {
         std::vector<std::string> names;
         std::map<std::string, bool, std::less<>> known;
         const auto add_name = [&](const std::string& name) {
@@ -952,7 +958,7 @@ private:
     }
     // One of the named members misses what the schema says; where another key may, that cannot be
     // promised.
-    Part broken_part(Branch b) {
+    VALAR_NOINLINE Part broken_part(Branch b) {
         const Json& s = *b.broken.back();
         b.broken.pop_back();
         if (may_miss_elsewhere(b, s))
@@ -1011,7 +1017,7 @@ private:
         return patterns;
     }
     // Keys that are not named: by which of the patterns they match.
-    void add_others(const Branch& b, ObjectRules& rules) {
+    VALAR_NOINLINE void add_others(const Branch& b, ObjectRules& rules) {
         std::vector<std::string> patterns = patterns_of(b);
         if (patterns.size() > kMostPatterns) {
             (void)refuse(*b.objects[0], "patternProperties",

@@ -26,7 +26,7 @@ constexpr uint32_t kMostDepth = 64, kMostProperties = 5'000, kMostEnum = 1'000;
 constexpr size_t kMostCharacters = 120'000, kMostUri = 2048;
 
 struct Totals {
-    size_t properties = 0, values = 0, characters = 0;
+    size_t properties = 0, values = 0, characters = 0, nesting = 0;
 };
 
 // What kind of value a keyword has.
@@ -137,21 +137,29 @@ std::string escaped(std::string_view key) {
     return out;
 }
 
-bool find_pointer(const Json& at, const Json& wanted, std::string& path, int depth) {
+bool find_pointer(const Json& at, const Json& wanted, std::string& path, const StackLimit& stack,
+                  int depth = 0) {
     if (&at == &wanted) return true;
-    if (depth > 200) return false;
+    if (depth > 200 || stack.is_low()) return false;
     const size_t size = path.size();
     for (size_t i = 0; i < at.items().size(); ++i) {
         path += "/" + std::to_string(i);
-        if (find_pointer(at.items()[i], wanted, path, depth + 1)) return true;
+        if (find_pointer(at.items()[i], wanted, path, stack, depth + 1)) return true;
         path.resize(size);
     }
     for (const JsonMember& m : at.members()) {
         path += "/" + escaped(m.key);
-        if (find_pointer(m.value, wanted, path, depth + 1)) return true;
+        if (find_pointer(m.value, wanted, path, stack, depth + 1)) return true;
         path.resize(size);
     }
     return false;
+}
+
+size_t nesting_of(const Json& value) {
+    size_t most = 0;
+    for (const Json& item : value.items()) most = std::max(most, nesting_of(item));
+    for (const JsonMember& m : value.members()) most = std::max(most, nesting_of(m.value));
+    return most + (value.is_array() || value.is_object());
 }
 
 Result<void> check_schema(const SchemaDocument& document, const Json& schema, uint32_t depth,
@@ -174,6 +182,10 @@ Result<void> check_inside(const SchemaDocument& document, const Json& value, Hol
 Result<void> check_schema(const SchemaDocument& document, const Json& schema, uint32_t depth,
                           Totals& totals) {
     if (depth > kMostDepth) return document.refuse(schema, "", "schemas nest deeper than 64");
+    if (document.stack_is_low())
+        return document.refuse(schema, "", "nests too deep for this thread's stack");
+    for (const char* keyword : {"enum", "const"})
+        totals.nesting = std::max(totals.nesting, nesting_of(schema[keyword]));
     for (const char* keyword :
          {"$id", "id", "$anchor", "$dynamicAnchor", "$ref", "$dynamicRef", "$recursiveRef"})
         if (schema[keyword].as_string().size() > kMostUri)
@@ -236,15 +248,17 @@ bool same_json(const Json& a, const Json& b) {
     return a == b;
 }
 
-Result<void> SchemaDocument::check() const {
+Result<void> SchemaDocument::check() {
     if (!is_schema(root_)) return refuse(root_, "", "a schema is an object or a boolean");
     Totals totals;
-    return check_schema(*this, root_, 0, totals);
+    auto ok = check_schema(*this, root_, 0, totals);
+    values_nesting_ = totals.nesting;
+    return ok;
 }
 
 std::string SchemaDocument::pointer(const Json& schema) const {
     std::string path;
-    return find_pointer(root_, schema, path, 0) ? path : "";
+    return find_pointer(root_, schema, path, stack_) ? path : "";
 }
 
 Error SchemaDocument::refuse(const Json& schema, std::string_view keyword,
@@ -349,6 +363,8 @@ bool SchemaDocument::may_keep(std::string_view uri) {
 
 void SchemaDocument::index(const Json& at, const std::string* base, int depth, bool named) {
     if (depth > 200 || (!at.is_object() && !at.is_array())) return;
+    if (stack_is_low()) budget_.work = 0;
+    if (budget_.spent()) return;
     if (named) {  // keys of it are names, not keywords
         for (const JsonMember& m : at.members()) index(m.value, base, depth + 1);
         return;
@@ -526,6 +542,7 @@ bool SchemaDocument::is_valid_object(const Json& schema, const Json& value, int 
 
 bool SchemaDocument::is_valid(const Json& schema, const Json& value, int depth) {
     if (schema.is_bool()) return schema.as_bool();
+    if (stack_is_low()) budget_.work = 0;
     if (depth > 200 || !budget_.take(1)) return false;
     ++depth;
     for (const char* keyword : reference_keywords) {

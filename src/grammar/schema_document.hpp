@@ -23,7 +23,9 @@ class SchemaDocument {
 public:
     SchemaDocument(const Json& root, Budget& budget) : root_(root), budget_(budget) {}
     /// The limits of the contract, and that every keyword has a value of its kind.
-    Result<void> check() const;
+    Result<void> check();
+    /// Whether there is no room to recurse, also through the document's own values.
+    bool stack_is_low() const { return stack_.is_low(values_nesting_ * 400); }
     /// What a schema's keyword refers to; null: not in this document.
     const Json* resolve(const Json& schema, const char* keyword);
     std::string pointer(const Json& schema) const;
@@ -50,6 +52,8 @@ private:
     void index(const Json& at, const std::string* base, int depth, bool named = false);
     const Json& root_;
     Budget& budget_;
+    const StackLimit stack_ = {};
+    size_t values_nesting_ = 0;                  // of what enum and const hold
     std::map<std::string, const Json*> by_uri_;  // resources, and their anchors behind a #
     std::deque<std::string> uris_;               // bases, each once; the first is the empty one
     std::unordered_map<const Json*, const std::string*> bases_;  // empty ones are left out

@@ -1,6 +1,6 @@
 // >>http
 // Owns: HTTP/1.1 (RFC 9110, RFC 9112): the message parser, the event loop of a server, and a small
-//       blocking client.
+//       client, blocking or in that loop.
 // Assumes: a handler that never blocks; what bodies mean is the handler's business, error bodies
 //          included: http hands over status, code and message.
 // Promises: framing that is ambiguous is refused, never guessed; every byte, second and connection
@@ -30,7 +30,7 @@ struct HttpReply {
 
 /// One request of the blocking client.
 struct HttpCall {
-    std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
+    std::string host = "127.0.0.1";  ///< a numeric address, "localhost" or "unix:/path"
     uint16_t port = 80;
     std::string method = "GET";
     std::string target = "/";
@@ -42,7 +42,7 @@ struct HttpCall {
 
 /// Sends one request on a connection of its own and waits for the whole reply, whatever its status.
 /// Errors: invalid_request (the call itself), io, timeout, bad_data (not HTTP), too_large.
-/// Threads: any.
+/// Threads: any. Stack: 24 KiB.
 VALAR_API Result<HttpReply> http_call(const HttpCall& call);
 
 }  // namespace v1

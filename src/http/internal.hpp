@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace valar {
 inline namespace v1 {
@@ -136,32 +137,61 @@ public:
     /// before the fault.
     virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                                std::string_view message) = 0;
+    /// The reply, status 503, to a connection that there is no room for, before it asked anything:
+    /// as many as max_connections are at work, or the process has no descriptor left.
+    virtual HttpReply on_full(bool /*no_descriptor*/) {
+        return on_error({}, 503, "overloaded", "too many connections");
+    }
     /// A begun reply whose client had been too slow, or of which 256 KiB were unsent at some time, is
     /// sent as far as it was appended.
     virtual void on_sent(uint64_t /*exchange*/) {}
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}
-    /// drain_timeout_ms is over: what is appended now is the last that goes out.
+    /// drain_timeout_ms is over, or nobody is left: replies of now are the last that go out.
     virtual void on_drained() {}
+};
+
+using HttpResolve = Result<std::vector<NetAddress>> (*)(const std::string& name, uint16_t port);
+
+struct NetPolicy;
+
+/// A call to another server. `call.host` may also be a name.
+struct HttpErrand {
+    HttpCall call = {};
+    const NetPolicy* policy =
+        nullptr;  ///< which addresses may be called; null: any. Must outlive it
+    /// A reply whose head came counts, whatever becomes of its body: it is without that if it is too
+    /// long or never ends.
+    bool head_is_enough = false;
+};
+
+/// Who wants to know how a call ended.
+class HttpCaller {
+public:
+    virtual ~HttpCaller() = default;
+    /// Errors: invalid_request (the call itself), permission (no address may be called), io, timeout,
+    /// bad_data (not HTTP), too_large. It may start another.
+    virtual void on_reply(uint64_t call, Result<HttpReply> reply) = 0;
 };
 
 /// Options of HttpServer. Each limit says what happens beyond it.
 struct HttpOptions {
-    std::string host = "127.0.0.1";
-    uint16_t port = 0;  ///< 0: any free one
+    std::string host = "127.0.0.1";  ///< or "unix:/path"
+    uint16_t port = 0;               ///< 0: any free one
     HttpLimits limits = {};
     uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< bodies not yet answered; 503
-    uint32_t idle_timeout_ms = 60'000;                       ///< between requests; closed silently
+    uint32_t idle_timeout_ms = 75'000;                       ///< between requests; closed silently
     uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
     uint32_t body_timeout_ms = 10'000;    ///< one window of the body's pace; 408
     uint32_t body_min_bytes = 4 << 10;    ///< that must arrive in each window: 400 B/s by default
     uint32_t write_timeout_ms = 30'000;   ///< without progress while bytes of a reply wait, or from
                                           ///< 256 KiB of a begun one on until all is sent; closed
     uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
-    uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); closed
+    uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); on_drained
     uint32_t tick_ms = 0;                 ///< pace of on_tick; 0: never
     int backlog = 1024;                   ///< of listen(); the system may cap it
+    HttpResolve resolve = net_resolve;    ///< of the names of other servers
 };
 
 /// An event loop: one thread calls step(), and no call inside blocks.
@@ -179,8 +209,10 @@ public:
     /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens).
     /// False once stopped and drained.
     bool step(int timeout_ms);
-    /// Stops accepting, ends idle connections, lets exchanges in work finish (drain_timeout_ms).
-    void stop();
+    /// Stops accepting once all are taken that the system has connected, lets exchanges in work
+    /// finish (drain_timeout_ms; at_once: no more) and ends each connection with its next reply, or
+    /// half a second later.
+    void stop(bool at_once = false);
     /// Answers an exchange; without effect if its client is gone.
     void reply(uint64_t exchange, HttpReply reply);
     /// A reply in pieces: its head and the body so far, then what append brings, then end. Pieces
@@ -193,12 +225,16 @@ public:
     /// Bytes of a begun reply that its client did not take yet. Who appends on regardless has them
     /// in memory, until write_timeout_ms without progress.
     size_t unsent(uint64_t exchange) const;
+    /// Calls another server from the loop; dropped if the server is destroyed first.
+    /// Threads: only inside step(), as begin().
+    uint64_t call(HttpErrand errand, HttpCaller* caller);
     /// Has the loop call function(context) inside step(); dropped if the server is destroyed first.
     void post(void (*function)(void*), void* context);
 
     struct Stats {
         uint64_t accepted = 0, requests = 0, faults = 0, timeouts = 0;  ///< since open
-        uint64_t connections = 0, body_bytes = 0;                       ///< now
+        uint64_t no_room = 0, no_descriptor = 0;  ///< since open: connections turned away, by cause
+        uint64_t connections = 0, body_bytes = 0;  ///< now
     };
     Stats stats() const;  ///< only from the thread that calls step()
 

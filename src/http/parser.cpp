@@ -327,14 +327,18 @@ HttpParser::Event HttpParser::take_body(std::string_view bytes, size_t* used) {
     return state_ == State::complete ? Event::complete : Event::more;
 }
 
-/// Doubles the body's room, never past its limit. std::string would end the process where memory
-/// ends, so a large step is tried first in a way that may fail.
+/// Doubles the body's room, never past its limit; a long one gets all that it asks for at once: what
+/// is not written takes no memory, while steps that are given back may stay with the allocator.
+/// std::string would end the process where memory ends, so a large step is tried first in a way that
+/// may fail.
 bool HttpParser::grow_body(size_t bytes) {
-    constexpr size_t large = 256 << 10;
+    constexpr size_t large = 256 << 10, long_body = 2 << 20;
     const size_t need = message.body.size() + bytes, room = message.body.capacity();
     if (need <= room) return true;
+    const uint64_t all = message.body.size() + (state_ == State::body ? body_left_ : 0);
+    const uint64_t next = room < long_body ? 2 * uint64_t{room} : std::max(all, 2 * uint64_t{room});
     const size_t want = static_cast<size_t>(
-        std::min<uint64_t>(std::max<uint64_t>(need, uint64_t{room} * 2), message.max_body));
+        std::min<uint64_t>(std::max<uint64_t>(need, next), message.max_body));
     if (want >= large) {
         std::unique_ptr<char[]> probe(new (std::nothrow) char[want + 1]);
         if (!probe) return false;

@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "http/client.hpp"
 #include "http/text.hpp"
 
 #include <algorithm>
@@ -31,6 +32,12 @@ constexpr size_t http_pipelined_bytes = 16 << 10;  // read ahead of a reply; the
 constexpr int http_accepts_a_turn = 64;
 constexpr uint32_t http_accept_pause_ms = 100;  // after running out of descriptors
 constexpr uint64_t http_timer_grain_ms = 10;    // the deadlines are looked through no more often
+constexpr uint64_t http_goodbye_ms = 500;  // after stop: for requests that are on their way to us
+constexpr uint64_t http_last_ms = 1'000;   // after drain_timeout_ms: for the last replies to leave
+constexpr size_t http_spares = 8;          // kept to turn clients away when no other is free
+constexpr size_t http_most_turned_away = 64;   // at once, and listened to until they are gone
+constexpr uint32_t http_turned_away_ms = 500;  // at most
+constexpr uint32_t http_fresh_ms = 1000;  // for a new connection to ask before it counts as idle
 constexpr uint64_t http_never = UINT64_MAX;
 constexpr uint64_t http_listener_tag = 0;
 constexpr int http_slot_bits = 24;  // of an id; the rest is a serial number from 1
@@ -86,6 +93,8 @@ struct HttpConnection {
     bool head_only = false;
     bool http_1_0 = false;
     bool peer_closed = false;
+    bool fresh = true;         // asked nothing yet
+    bool turned_away = false;  // answered before it asked: there was no room
     uint64_t id = 0;
     uint64_t exchange = 0;    // accepted by on_head, neither answered nor closed
     uint64_t body_bytes = 0;  // counted against max_inflight_body_bytes
@@ -109,14 +118,21 @@ struct HttpMessage {  // to the loop: a reply, or a call when function is set
 
 struct HttpServer::State {
     State(const HttpOptions& given, HttpHandler* user, Poller made, Socket bound)
-        : options(given), handler(user), poller(std::move(made)), listener(std::move(bound)) {}
+        : options(given),
+          handler(user),
+          poller(std::move(made)),
+          listener(std::move(bound)),
+          client(&poller, given.resolve) {}
 
     HttpOptions options;
     HttpHandler* handler;
     Poller poller;
     Socket listener;
+    HttpClient client;
     NetAddress address;
     Stats stats;
+    std::vector<Socket> spares;
+    size_t turned_away = 0;  // of stats.connections
 
     std::vector<HttpSlot> slots;
     std::vector<uint32_t> free_slots;
@@ -130,28 +146,36 @@ struct HttpServer::State {
     uint64_t next_tick = http_never;
     uint64_t accept_again = http_never;
     uint64_t drain_until = http_never;  // set once stopping
+    std::string socket_path;            // of a Unix socket
+    uint64_t socket_file = 0;
+    bool drained = false;  // the handler was told; the last replies leave
     bool finished = false;
     std::string date;
     int64_t date_second = -1;
 
-    std::mutex mutex;  // guards the two below
+    std::mutex mutex;  // guards the three below
     std::vector<HttpMessage> inbox;
-    bool stop_asked = false;
+    bool stop_asked = false, stop_at_once = false;
     std::atomic<bool> sleeping = false;  // a sender has to wake the loop; set under mutex
 
+    ~State() { remove_socket_file(socket_path, socket_file); }
     bool step(int timeout_ms);
     int wait_ms(int timeout_ms);
     void send_message(HttpMessage message);
-    void ask_stop();
+    void ask_stop(bool at_once);
     void take_messages();
     void run_queue();
     void run_timers();
     void on_deadline(HttpConnection& connection);
+    void begin_drain();
     void drain();
+    bool is_sending() const;
 
     void accept_some();
-    void add(Socket socket, const NetAddress& peer);
-    void turn_away(Socket socket);
+    void admit(Socket socket, const NetAddress& peer, bool no_descriptor);
+    HttpConnection& add(Socket socket, const NetAddress& peer);
+    void turn_away(Socket socket, const NetAddress& peer, bool no_descriptor);
+    void fill_spares();
     bool evict_idle();
     void drop(HttpConnection& connection);
     HttpConnection* find(uint64_t id);
@@ -184,14 +208,17 @@ struct HttpServer::State {
 };
 
 Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* handler) {
-    auto address = NetAddress::parse(options.host, options.port);
+    const auto path = unix_path(options.host);
+    auto address = path ? Result<NetAddress>(NetAddress())
+                        : NetAddress::parse(options.host, options.port);
     if (!address) return address.error();
     if (options.max_connections == 0 || options.max_connections >= 1u << http_slot_bits)
         return make_error(ErrorKind::invalid_request,
                           format("max_connections: %u is not in 1..%u", options.max_connections,
                                  (1u << http_slot_bits) - 1),
                           {}, "max_connections");
-    auto listener = Socket::listen(*address, options.backlog);
+    auto listener = path ? Socket::listen_unix(*path, options.backlog)
+                         : Socket::listen(*address, options.backlog);
     if (!listener) return listener.error();
     auto poller = Poller::open();
     if (!poller) return poller.error();
@@ -200,9 +227,11 @@ Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* han
     auto state = std::make_unique<State>(options, handler, std::move(*poller),
                                          std::move(*listener));
     state->address = *bound;
+    if (path) state->socket_path = *path, state->socket_file = socket_file(*path);
     if (options.tick_ms > 0) state->next_tick = state->now + options.tick_ms;
     auto watched = state->poller.set(state->listener, http_listener_tag, poll_read);
     if (!watched) return watched.error();
+    state->fill_spares();
     return HttpServer(std::move(state));
 }
 
@@ -214,7 +243,7 @@ HttpServer::~HttpServer() = default;
 NetAddress HttpServer::address() const { return state_->address; }
 HttpServer::Stats HttpServer::stats() const { return state_->stats; }
 bool HttpServer::step(int timeout_ms) { return state_->step(timeout_ms); }
-void HttpServer::stop() { state_->ask_stop(); }
+void HttpServer::stop(bool at_once) { state_->ask_stop(at_once); }
 void HttpServer::reply(uint64_t exchange, HttpReply reply) {
     state_->send_message({exchange, std::move(reply), nullptr, nullptr});
 }
@@ -236,6 +265,9 @@ size_t HttpServer::unsent(uint64_t exchange) const {
     const HttpActive& active = *connection->active;
     return active.head.size() + active.body.size() - active.sent;
 }
+uint64_t HttpServer::call(HttpErrand errand, HttpCaller* caller) {
+    return state_->client.start(std::move(errand), caller);
+}
 void HttpServer::post(void (*function)(void*), void* context) {
     state_->send_message({0, {}, function, context});
 }
@@ -248,7 +280,9 @@ bool HttpServer::State::step(int timeout_ms) {
     if (!poller.wait(wait_ms(timeout_ms), &events)) events.clear();
     sleeping = false;  // what the handler sends from here on is taken below
     now = http_now_ms();
-    for (const PollEvent& event : events) on_event(event);
+    for (const PollEvent& event : events)
+        event.tag& http_client_tag ? client.on_event(event) : on_event(event);
+    client.step(now);
     run_queue();
     take_messages();
     run_timers();
@@ -261,8 +295,8 @@ int HttpServer::State::wait_ms(int timeout_ms) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!queue.empty() || !unsent.empty() || !inbox.empty() || stop_asked) return 0;
     sleeping = true;
-    const uint64_t next = std::min(std::min(next_timer, next_tick),
-                                   std::min(accept_again, drain_until));
+    const uint64_t next = std::min(
+        {next_timer, next_tick, accept_again, drain_until, client.deadline()});
     if (next == http_never) return timeout_ms;
     const int until = static_cast<int>(std::min<uint64_t>(next > now ? next - now : 0, 60'000));
     return timeout_ms < 0 ? until : std::min(until, timeout_ms);
@@ -274,19 +308,21 @@ void HttpServer::State::send_message(HttpMessage message) {
     if (sleeping.exchange(false)) poller.wake();
 }
 
-void HttpServer::State::ask_stop() {
+void HttpServer::State::ask_stop(bool at_once) {
     const std::lock_guard<std::mutex> lock(mutex);
     stop_asked = true;
+    stop_at_once |= at_once;
     if (sleeping.exchange(false)) poller.wake();
 }
 
 void HttpServer::State::take_messages() {
     std::vector<HttpMessage> taken;
-    bool stop = false;
+    bool stop = false, at_once = false;
     {
         const std::lock_guard<std::mutex> lock(mutex);
         taken.swap(inbox);
         stop = std::exchange(stop_asked, false);
+        at_once = stop_at_once;
     }
     for (HttpMessage& message : taken) {
         if (message.function) {
@@ -297,13 +333,20 @@ void HttpServer::State::take_messages() {
         if (connection && connection->phase == HttpPhase::work)
             send(*connection, std::move(message.reply));
     }
-    if (!stop || drain_until != http_never) return;
+    if (stop && drain_until == http_never) begin_drain();
+    if (stop && at_once) drain_until = std::min(drain_until, now);
+}
+
+/// Nobody who was connected is lost: whose request comes now is answered, if only with a refusal.
+void HttpServer::State::begin_drain() {
     drain_until = now + options.drain_timeout_ms;
+    for (int left = options.backlog; left > 0; left -= http_accepts_a_turn) accept_some();
+    remove_socket_file(socket_path, std::exchange(socket_file, 0));
     poller.remove(listener);
     listener.close();
     accept_again = http_never;
     for (HttpSlot& entry : slots)
-        if (entry.connection && entry.idle) drop(*entry.connection);
+        if (entry.connection && entry.idle) enter(*entry.connection, HttpPhase::idle);
 }
 
 /// One more request of each connection that had sent several at once: fair to the others.
@@ -349,28 +392,50 @@ void HttpServer::State::on_deadline(HttpConnection& connection) {
 }
 
 void HttpServer::State::drain() {
-    if (drain_until == http_never || (stats.connections > 0 && now < drain_until)) return;
-    handler->on_drained();
-    flush_unsent();
+    if (drain_until == http_never) return;
+    if (!drained && stats.connections > 0 && now < drain_until) return;
+    if (!std::exchange(drained, true)) {
+        drain_until = now + http_last_ms;
+        for (HttpSlot& entry : slots)  // what is still coming
+            if (entry.connection && (entry.connection->phase == HttpPhase::head ||
+                                     entry.connection->phase == HttpPhase::body))
+                refuse(*entry.connection, 503, "overloaded", "the server is shutting down");
+        handler->on_drained();
+        take_messages();
+        flush_unsent();
+    }
+    if (now < drain_until && is_sending()) return;
     for (HttpSlot& entry : slots)
         if (entry.connection) drop(*entry.connection);
     finished = true;
 }
 
+bool HttpServer::State::is_sending() const {
+    for (const HttpSlot& entry : slots)
+        if (entry.connection && entry.connection->phase == HttpPhase::reply) return true;
+    return false;
+}
+
 // Connections.
 
+/// Where no descriptor is free, one that was kept for this tells whether anybody waits at all: Linux
+/// says so only with a descriptor in hand.
 void HttpServer::State::accept_some() {
+    fill_spares();
     for (int i = 0; i < http_accepts_a_turn && listener.is_open(); ++i) {
         Socket socket;
         NetAddress peer;
-        const IoStatus status = listener.accept(&socket, &peer);
+        IoStatus status = listener.accept(&socket, &peer);
+        bool no_descriptor = status == IoStatus::full;
+        if (no_descriptor && (!spares.empty() || evict_idle())) {
+            if (spares.empty()) no_descriptor = false;
+            else spares.pop_back();
+            status = listener.accept(&socket, &peer);
+        }
+        if (status == IoStatus::done) admit(std::move(socket), peer, no_descriptor);
+        fill_spares();
         if (status == IoStatus::again) return;
-        if (status == IoStatus::done) {
-            ++stats.accepted;
-            if (stats.connections < options.max_connections || evict_idle())
-                add(std::move(socket), peer);
-            else turn_away(std::move(socket));
-        } else if (status == IoStatus::full && !evict_idle()) {
+        if (status == IoStatus::full || turned_away >= http_most_turned_away) {
             // The listener stays readable: to leave it watched would be a busy loop.
             (void)poller.set(listener, http_listener_tag, 0).ok();
             accept_again = now + http_accept_pause_ms;
@@ -379,7 +444,22 @@ void HttpServer::State::accept_some() {
     }
 }
 
-void HttpServer::State::add(Socket socket, const NetAddress& peer) {
+void HttpServer::State::admit(Socket socket, const NetAddress& peer, bool no_descriptor) {
+    ++stats.accepted;
+    const bool room = !no_descriptor && stats.connections - turned_away < options.max_connections;
+    if (room || evict_idle()) add(std::move(socket), peer);
+    else turn_away(std::move(socket), peer, no_descriptor);
+}
+
+void HttpServer::State::fill_spares() {
+    while (spares.size() < http_spares) {
+        auto spare = Socket::spare();
+        if (!spare) return;
+        spares.push_back(std::move(*spare));
+    }
+}
+
+HttpConnection& HttpServer::State::add(Socket socket, const NetAddress& peer) {
     if (free_slots.empty()) {
         free_slots.push_back(static_cast<uint32_t>(slots.size()));
         slots.emplace_back();
@@ -393,22 +473,32 @@ void HttpServer::State::add(Socket socket, const NetAddress& peer) {
     slots[place].connection = std::move(connection);
     ++stats.connections;
     enter(*slots[place].connection, HttpPhase::idle);
+    return *slots[place].connection;
 }
 
-/// Too many connections, none of them idle: one try to say so.
-void HttpServer::State::turn_away(Socket socket) {
-    ++stats.faults;
-    const HttpReply reply = handler->on_error({}, 503, "overloaded", "too many connections");
-    (void)socket.read(scratch.data(), scratch.size());  // unread bytes would turn close into reset
-    (void)socket.write(render({}, reply, true), reply.body);
+/// Too many connections, none of them idle. Its request is read and dropped, so that no reset
+/// overtakes the reply.
+void HttpServer::State::turn_away(Socket socket, const NetAddress& peer, bool no_descriptor) {
+    ++(no_descriptor ? stats.no_descriptor : stats.no_room);
+    const HttpReply reply = handler->on_full(no_descriptor);
+    (void)socket.write(render({}, reply, true), reply.body);  // a new socket takes all of it
     socket.shutdown_write();
+    HttpConnection& connection = add(std::move(socket), peer);
+    connection.turned_away = true;
+    ++turned_away;
+    enter(connection, HttpPhase::linger);
+    slot(connection).deadline = now + std::min(options.linger_timeout_ms, http_turned_away_ms);
+    next_timer = std::min(next_timer, slot(connection).deadline);
 }
 
-/// Makes room by closing the connection that has been idle for longest.
+/// Makes room by closing the connection that has been idle for longest. The request of a new one may
+/// be on its way.
 bool HttpServer::State::evict_idle() {
     HttpSlot* oldest = nullptr;
+    const uint64_t fresh_until = now + options.idle_timeout_ms - http_fresh_ms;
     for (HttpSlot& entry : slots)
-        if (entry.connection && entry.idle && (!oldest || entry.deadline < oldest->deadline))
+        if (entry.connection && entry.idle && (!oldest || entry.deadline < oldest->deadline) &&
+            (!entry.connection->fresh || entry.deadline <= fresh_until))
             oldest = &entry;
     if (oldest) drop(*oldest->connection);
     return oldest != nullptr;
@@ -419,6 +509,7 @@ void HttpServer::State::drop(HttpConnection& connection) {
     release_body(connection);
     poller.remove(connection.socket);
     --stats.connections;
+    turned_away -= connection.turned_away;
     HttpSlot& entry = slot(connection);
     free_slots.push_back(static_cast<uint32_t>(&entry - slots.data()));
     entry = {};
@@ -446,6 +537,8 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     entry.deadline = http_never;
     for (const HttpPhaseLimit& row : http_phase_limits)
         if (row.phase == phase) entry.deadline = now + options.*row.limit;
+    if (phase == HttpPhase::idle && drain_until != http_never)
+        entry.deadline = std::min(drain_until, now + http_goodbye_ms);
     if (phase == HttpPhase::reply && connection.active->begun)
         entry.deadline = std::min(entry.deadline, connection.active->full_until);
     next_timer = std::min(next_timer, entry.deadline);
@@ -532,6 +625,7 @@ void HttpServer::State::consume(HttpConnection& connection, std::string_view byt
 bool HttpServer::State::begin_exchange(HttpConnection& connection, std::string_view rest) {
     HttpRequest& request = connection.active->parser.message;
     ++stats.requests;
+    connection.fresh = false;
     request.peer = connection.peer;
     request.exchange = ++serial << http_slot_bits | (connection.id & http_slot_mask);
     request.max_body = options.limits.max_body_bytes;
@@ -593,7 +687,9 @@ void HttpServer::State::refuse(HttpConnection& connection, int status, std::stri
     connection.head_only = connection.active->parser.message.is_head();
     if (const uint64_t exchange = std::exchange(connection.exchange, 0))
         handler->on_closed(exchange);
-    HttpReply reply = handler->on_error(connection.active->parser.message, status, code, reason);
+    HttpRequest& request = connection.active->parser.message;
+    request.peer = connection.peer;
+    HttpReply reply = handler->on_error(request, status, code, reason);
     reply.close = true;
     send(connection, std::move(reply));
 }
@@ -699,7 +795,7 @@ void HttpServer::State::flush(HttpConnection& connection) {
 void HttpServer::State::finish(HttpConnection& connection) {
     if (connection.active->begun) return await_piece(connection);
     if (connection.peer_closed) return drop(connection);
-    if (!connection.keep_alive || drain_until != http_never) {
+    if (!connection.keep_alive) {
         connection.socket.shutdown_write();
         return enter(connection, HttpPhase::linger);
     }

@@ -3,7 +3,6 @@
 #include "server/loop.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -19,8 +18,13 @@ namespace detail {
 
 namespace {
 
+constexpr ServerParameter health_query[] = {server_live};
 constexpr ServerParameter list_query[] = {server_limit, server_after, server_key};
 constexpr ServerParameter items_query[] = {server_limit, server_after, server_order};
+constexpr ServerParameter batches_query[] = {server_batches_limit, server_after_id,
+                                             server_before_id};
+constexpr ServerParameter usage_query[] = {server_range};
+constexpr ServerParameter breakdown_query[] = {server_range, server_by};
 constexpr ServerParameter stream_query[] = {server_stream, server_starting_after};
 
 }  // namespace
@@ -31,7 +35,7 @@ const ServerLoop::Route ServerLoop::routes[] = {
      .get = {&Loop::get_page, "getPage", "A page to talk with the models.", {}},
      .open = true},
     {.path = "/health",
-     .get = {&Loop::get_health, "getHealth", "Whether a model is ready.", "Health"},
+     .get = {&Loop::get_health, "getHealth", "Whether a model is ready.", "Health", health_query},
      .open = true},
     {.path = "/openapi.json",
      .get = {&Loop::get_openapi, "getOpenapi", "This document.", "Document"},
@@ -98,6 +102,39 @@ const ServerLoop::Route ServerLoop::routes[] = {
              items_query}},
     {.path = "/v1/responses/compact",
      .post = {&Loop::post_compact, "compactResponse", "Is not supported.", "Error"}},
+    {.path = "/v1/batches",
+     .get = {&Loop::get_batches, "listBatches", "The batches that are kept, newest first.",
+             "BatchList", batches_query},
+     .post = {&Loop::post_batch,
+              "createBatch",
+              "Accepts many requests at once.",
+              "Batch",
+              {},
+              false,
+              "BatchRequest"},
+     .batch = true},
+    {.path = "/v1/batches/",
+     .get = {&Loop::get_batch, "getBatch", "A batch, and how far each request is.", "BatchStatus"}},
+    {.path = "/v1/batches/",
+     .suffix = "/cancel",
+     .post = {&Loop::post_batch_cancel, "cancelBatch", "Ends what of it has not ended.",
+              "BatchStatus"}},
+    {.path = "/v1/batches/",
+     .middle = "/",
+     .get = {&Loop::get_batch_item, "getBatchItem", "The response to a request of it.",
+             "Response"}},
+    {.path = "/v1/usage",
+     .get = {&Loop::get_usage<ServerUsageView::total>, "getUsage", "What was used, in all.",
+             "Usage", usage_query}},
+    {.path = "/v1/usage/breakdown",
+     .get = {&Loop::get_usage<ServerUsageView::breakdown>, "getUsageBreakdown",
+             "The same by model and window, or by one thing.", "UsageBreakdown", breakdown_query}},
+    {.path = "/v1/usage/activity",
+     .get = {&Loop::get_usage<ServerUsageView::activity>, "getUsageActivity",
+             "Which API keys used which models, and when last.", "UsageActivity", usage_query}},
+    {.path = "/v1/usage/activity/timeseries",
+     .get = {&Loop::get_usage<ServerUsageView::timeseries>, "getUsageTimeseries",
+             "What was used in each hour, or day.", "UsageTimeseries", usage_query}},
     {.path = "/v1/conversations",
      .post = {&Loop::post_conversation, "createConversation", "Begins a conversation.",
               "Conversation"},
@@ -127,6 +164,13 @@ std::string ServerLoop::Route::shown() const {
         {path, takes_argument() ? "{id}" : "", suffix, middle, middle.empty() ? "" : "{item}"});
 }
 
+const ServerLoop::Operation* ServerLoop::Route::operation(std::string_view method) const {
+    for (const auto& [name, known] : {std::pair("GET", &get), std::pair("HEAD", &get),
+                                      std::pair("POST", &post), std::pair("DELETE", &remove)})
+        if (method == name && known->handle) return known;
+    return nullptr;
+}
+
 std::string ServerLoop::Route::allowed() const {
     std::string all;
     for (const auto& [operation, methods] :
@@ -149,6 +193,8 @@ void ServerLoop::find_route(Exchange& exchange) {
         auto argument = server_unescape(path.substr(route.path.size(), end - route.path.size()));
         if (!argument || argument->empty() == takes) continue;
         if (route.openai && options.dialect != Dialect::openai) continue;
+        if (route.middle == "/" && exchange.route && !route.operation(exchange.method))
+            continue;  // an item may be called as what is done with a batch
         std::string item;
         if (const size_t at = argument->find(route.middle); !route.middle.empty()) {
             if (at == argument->npos) continue;
@@ -187,6 +233,7 @@ std::string client_request_id(const HttpRequest& request) {
 }  // namespace
 
 std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
+    take_keys();
     Exchange exchange;
     exchange.number = request.exchange;
     exchange.request_id = make_request_id();
@@ -196,10 +243,12 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     exchange.path = request.target.substr(0, mark);
     exchange.query = request.target.substr(std::min(mark + 1, request.target.size()));
     exchange.started_ns = monotonic_ns();
+    exchange.client = server_client(request, options.trust_proxy);
     find_route(exchange);
 
     using Check = Result<void> (ServerLoop::*)(const HttpRequest&, Exchange&);
-    static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_origin};
+    static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_proxy,
+                                      &ServerLoop::check_origin, &ServerLoop::check_stopping};
     static constexpr Check then[] = {&ServerLoop::check_key,    &ServerLoop::check_route,
                                      &ServerLoop::check_method, &ServerLoop::check_size,
                                      &ServerLoop::check_rate,   &ServerLoop::check_type};
@@ -216,9 +265,10 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     if (!reply) reply = run(then);
     if (reply) {
         log_exchange(exchange, reply->status);
+        reply->close |= stopping;
         return reply;
     }
-    request.max_body = body_limit(request);
+    request.max_body = body_limit(request, exchange);
     exchanges.emplace(request.exchange, std::move(exchange));
     return std::nullopt;
 }
@@ -241,6 +291,21 @@ Result<void> ServerLoop::check_host(const HttpRequest& request, Exchange&) {
                       "host_not_allowed");
 }
 
+/// Without keys a proxy on this machine would let everybody in: Host and address are its own. One
+/// that adds none of these fields cannot be told from a client.
+Result<void> ServerLoop::check_proxy(const HttpRequest& request, Exchange&) {
+    if (!keys.empty() || options.trust_proxy) return {};
+    for (const char* name : {"Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"})
+        if (request.header(name))
+            return make_error(
+                ErrorKind::permission,
+                std::string("the header ") + name +
+                    " says that a proxy passed this on, and the server has no keys: "
+                    "give it some, or trust_proxy (--trust-proxy) to let everybody in",
+                "proxy_not_allowed");
+    return {};
+}
+
 Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exchange) {
     const std::string* given = request.header("Origin");
     if (!given) return {};
@@ -258,8 +323,24 @@ Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exch
                       "origin_not_allowed");
 }
 
+/// A known key is never held up by what others of its address did: behind a proxy all share one.
 Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchange) {
+    if (keys.empty()) exchange.key_id = "open";
     if (keys.empty() || (exchange.route && exchange.route->open)) return {};
+    auto found = find_key(request, exchange);
+    if (found) return {};
+    ++unknown_keys;
+    const uint32_t wait_s = guesses.take(exchange.client, monotonic_ns());
+    if (wait_s == 0) return found;
+    ++limited_guesses;
+    Error error = make_error(ErrorKind::rate_limit,
+                             "too many requests without a known API key from this address",
+                             "rate_limit_exceeded");
+    error.retry_after_s = wait_s;
+    return error;
+}
+
+Result<void> ServerLoop::find_key(const HttpRequest& request, Exchange& exchange) {
     std::string_view secret;
     bool given = false;
     const auto refused = [](const char* message) {
@@ -281,7 +362,7 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
     }
     if (!given)
         return refused("no API key; send the header 'Authorization: Bearer <key>' or 'x-api-key'");
-    const Hash256 hash = sha256(secret);
+    const Hash256 hash = server_secret_hash(secret);
     const auto found = std::lower_bound(
         keys.begin(), keys.end(), hash,
         [](const ServerKey& key, const Hash256& to) { return key.hash.view() < to.view(); });
@@ -300,10 +381,7 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const Route& route = *exchange.route;
-    for (const auto& [method, handle] :
-         {std::pair("GET", route.get.handle), std::pair("HEAD", route.get.handle),
-          std::pair("POST", route.post.handle), std::pair("DELETE", route.remove.handle)})
-        if (request.method == method) exchange.handle = handle;
+    if (const Operation* known = route.operation(request.method)) exchange.handle = known->handle;
     if (exchange.handle) return {};
     return make_error(
         ErrorKind::invalid_request,
@@ -311,8 +389,8 @@ Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exch
         "method_not_allowed");
 }
 
-Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
-    const uint64_t limit = body_limit(request);
+Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange& exchange) {
+    const uint64_t limit = body_limit(request, exchange);
     const uint64_t size = request.content_length.value_or(0);
     if (size <= limit) return {};
     return make_error(ErrorKind::too_large,
@@ -321,24 +399,16 @@ Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
                       "request_too_large");
 }
 
-/// A bucket that holds a minute's requests and fills evenly.
 Result<void> ServerLoop::check_rate(const HttpRequest&, Exchange& exchange) {
-    ServerKey* key = exchange.key;
+    ServerKey* key = std::exchange(exchange.key, nullptr);
     if (!key || key->per_minute == 0) return {};
-    const uint64_t now_ns = monotonic_ns();
-    const double a_second = key->per_minute / 60.0;
-    const double passed_s = static_cast<double>(now_ns - key->filled_ns) / 1e9;
-    key->tokens = std::min<double>(key->per_minute, key->tokens + passed_s * a_second);
-    key->filled_ns = now_ns;
-    if (key->tokens >= 1) {
-        --key->tokens;
-        return {};
-    }
+    const uint32_t wait_s = key->bucket.take(key->per_minute, monotonic_ns());
+    if (wait_s == 0) return {};
     Error error = make_error(
         ErrorKind::rate_limit,
         "this key may make " + std::to_string(key->per_minute) + " requests a minute",
         "rate_limit_exceeded");
-    error.retry_after_s = static_cast<uint32_t>(std::ceil((1 - key->tokens) / a_second));
+    error.retry_after_s = wait_s;
     return error;
 }
 

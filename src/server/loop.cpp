@@ -36,12 +36,16 @@ ServerLoop::~ServerLoop() {
         park(id, entry);
         while (entry.responder && entry.responder->poll(id)) {}
     }
+    look_after_batches();
+    save_usage();
     while (const uint32_t left = storing) wait_on(&storing, left, 1'000'000);
 }
 
 Result<void> ServerLoop::start() {
     auto opened = HttpServer::open(server_http_options(options), this);
+    if (!opened && unix_path(options.host)) opened.error().param = "host";
     if (!opened) return opened.error();
+    started_s = static_cast<double>(unix_time_ms()) / 1e3;
     http.emplace(std::move(*opened));
     for (Thread& worker : workers) {
         const auto run = [](void* self) { static_cast<ServerLoop*>(self)->run_jobs(); };
@@ -51,6 +55,16 @@ Result<void> ServerLoop::start() {
     }
     for (Responder* responder : responders) responder->on_ready({&ServerLoop::on_ready, this});
     listening = true;
+    webhooks.open();
+    std::string names;
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            names.append(names.empty() ? "" : ",").append(model.id);
+    say(LogLevel::info, Json::object()
+                            .set("event", "start")
+                            .set("version", VALAR_VERSION)
+                            .set("address", http->address().text())
+                            .set("models", names));
     recover_all();
     hand_over();
     return {};
@@ -59,11 +73,9 @@ Result<void> ServerLoop::start() {
 bool ServerLoop::step(int timeout_ms) {
     const bool more = http->step(timeout_ms);
     hand_over();
-    if (stopping && !std::exchange(drain_begun, true)) {
-        for (auto& [id, entry] : live)  // nobody is there to be answered
-            if (entry.waiters.empty()) park(id, entry);
-        save_unsaved();  // the last try
-    }
+    if (stopping && !std::exchange(drain_begun, true)) begin_drain();
+    if (!more && finishing == 0 && !std::exchange(end_told, true))
+        say(LogLevel::info, Json::object().set("event", "stop").set("unfinished", live.size()));
     if (more || finishing == 0) return more;
     // http is done and takes no more calls; what has an outcome is still to be kept.
     const uint32_t seen = inbox_count;
@@ -113,8 +125,9 @@ Json ServerLoop::make_error_body(const Exchange& exchange, const Error& error) c
     return body;
 }
 
-HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
+HttpReply ServerLoop::make_error_reply(Exchange& exchange, const Error& error,
                                        HttpHeaders headers) {
+    note_error(exchange, error);
     const int status = http_status(error);
     if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
     if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
@@ -151,6 +164,7 @@ void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
 
 void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
     if (exchange.begun) {
+        note_error(exchange, error);
         const auto events = event_writer(exchange.form, {}, options.dialect);
         if (exchange.form.after != UINT64_MAX) events->skip_to(exchange.form.after);
         events->fail(error);
@@ -161,7 +175,7 @@ void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders head
 
 /// When the queue will have moved on, as far as the pace of late tells.
 uint32_t ServerLoop::retry_after_s() const {
-    const double wait_s = std::ceil(static_cast<double>(queued) * finish_gap_s);
+    const double wait_s = std::ceil(static_cast<double>(waiting()) * finish_gap_s);
     return static_cast<uint32_t>(std::clamp<double>(wait_s, 1, server_max_retry_s));
 }
 
@@ -183,7 +197,7 @@ void ServerLoop::note_trouble(const char* from, const Error& error, const std::s
     }
     for (char& c : line)
         if (static_cast<unsigned char>(c) < ' ' || c == 0x7f) c = ' ';  // one line
-    options.log(LogLevel::error, line);
+    say(LogLevel::error, Json::object().set("message", line));
 }
 
 /// What a client is told of the store's error: the rules of the contract as they are, else only
@@ -191,55 +205,12 @@ void ServerLoop::note_trouble(const char* from, const Error& error, const std::s
 Error ServerLoop::store_error(const Error& error) {
     if (error.kind == ErrorKind::conflict || error.kind == ErrorKind::not_found) return error;
     note_trouble("store", error);
-    if (error.kind == ErrorKind::overloaded || error.kind == ErrorKind::out_of_memory)
-        return server_overloaded("the store has no room for another response now");
+    if (error.kind == ErrorKind::overloaded || error.kind == ErrorKind::out_of_memory) {
+        Error full = server_overloaded("the store has no room for another response now");
+        full.retry_after_s = store_retry_s;
+        return full;
+    }
     return make_error(ErrorKind::internal, "the store failed", "internal_error");
-}
-
-void ServerLoop::log_exchange(const Exchange& exchange, int status) {
-    const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
-    const Route* route = exchange.route;
-    const bool nested = route && !(route->suffix.empty() && route->middle.empty());
-    const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
-    const std::string tail = !nested                 ? ""
-                             : route->middle.empty() ? std::string(route->suffix)
-                                                     : std::string(route->middle) + "*";
-    ++answered[{name + tail, status}];
-    answer_seconds += ms / 1e3;
-    if (!options.log.write) return;
-    Json line = Json::object();
-    line.set("id", exchange.request_id);
-    if (!exchange.client_request_id.empty())
-        line.set("client_request_id", exchange.client_request_id);
-    line.set("method", printable(exchange.method))
-        .set("path", printable(exchange.path))
-        .set("status", status)
-        .set("ms", server_rounded(ms))
-        .set("key", exchange.key_id)
-        .set("response", printable(exchange.response_id))
-        .set("replayed", exchange.replayed);
-    if (!exchange.ignored.empty()) {
-        std::string names = exchange.ignored;
-        std::erase(names, ' ');
-        line.set("ignored", names);
-    }
-    log_line(std::move(line), exchange.usage, exchange.timings);
-}
-
-void ServerLoop::log_line(Json line, const Usage& usage, const Timings& timings) {
-    line.set("input_tokens", usage.input_tokens)
-        .set("output_tokens", usage.output_tokens)
-        .set("queue_ms", server_rounded(static_cast<double>(timings.queue_us) / 1e3))
-        .set("prefill_ms", server_rounded(static_cast<double>(timings.prefill_us) / 1e3))
-        .set("decode_ms", server_rounded(static_cast<double>(timings.decode_us) / 1e3));
-    if (options.log_json) return options.log(LogLevel::info, line.write());
-    std::string text;
-    for (const JsonMember& member : line.members()) {
-        text.append(text.empty() ? "" : " ").append(member.key).append("=");
-        text += member.value.is_string() ? std::string(member.value.as_string())
-                                         : member.value.write();
-    }
-    options.log(LogLevel::info, text);
 }
 
 /// Framing that failed, and limits of http: the request may not even have a path.
@@ -248,9 +219,9 @@ HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::stri
     Exchange exchange;
     exchange.request_id = make_request_id();
     exchange.method = request.method.empty() ? "-" : request.method;
-    exchange.path = request.target.empty() ? "-"
-                                           : request.target.substr(0, request.target.find('?'));
-    exchange.key_id = "-";
+    const bool path = !request.target.empty() && request.target[0] == '/';
+    exchange.path = path ? request.target.substr(0, request.target.find('?')) : "-";
+    exchange.client = server_client(request, options.trust_proxy);
     exchange.started_ns = monotonic_ns();
     const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
     HttpReply reply = make_error_reply(exchange,
@@ -258,6 +229,19 @@ HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::stri
     reply.status = status;
     log_exchange(exchange, status);
     return reply;
+}
+
+/// A line for each of them could be many.
+HttpReply ServerLoop::on_full(bool no_descriptor) {
+    Exchange exchange;
+    exchange.request_id = make_request_id();
+    ++answered[{"none", 503}];
+    const std::string why = no_descriptor
+                                ? "the process has no descriptor left (ulimit -n)"
+                                : format("%u are open (max_connections)", options.max_connections);
+    note_trouble("connection", make_error(no_descriptor ? ErrorKind::io : ErrorKind::overloaded,
+                                          "refused with 503: " + why));
+    return make_error_reply(exchange, server_overloaded("too many connections"));
 }
 
 // ---- Exchanges -------------------------------------------------------------------------------
@@ -281,8 +265,13 @@ ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
 void ServerLoop::on_closed(uint64_t number) {
     const auto found = exchanges.find(number);
     if (found == exchanges.end()) return;
-    log_exchange(found->second, server_client_left);
     const auto entry = live.find(found->second.response_id);
+    const bool tells = entry != live.end() && entry->second.owner == number &&
+                       (entry->second.state == Live::State::working ||
+                        entry->second.state == Live::State::finishing);
+    found->second.ended_ns = monotonic_ns();
+    if (tells) entry->second.left = std::make_unique<Exchange>(found->second);
+    else log_exchange(found->second, server_client_left);
     if (entry != live.end()) {
         std::erase(entry->second.waiters, number);
         if (entry->second.owner == number) cancel(entry->first, entry->second);
@@ -316,19 +305,21 @@ void ServerLoop::on_tick() {
     }
     beat(now_ns);
     recover_some();
+    feed_batches();
     save_unsaved();
+    webhooks.on_tick(now_ns);
+    if (now_ns >= next_look_ns) {
+        next_look_ns = now_ns + server_look_ns;
+        look_after_orphans(now_ns);
+        look_after_store(now_ns);
+        look_after_batches();
+        save_usage();
+    }
     if (now_ns < next_expiry_ns) return;
     next_expiry_ns = now_ns + server_expire_every_ns;
     store->expire(store->now_ms());
-}
-
-Json server_health() { return Json::object().set("status", "ok"); }
-
-void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
-    for (const Responder* responder : responders)
-        for (const ModelInfo& model : responder->models())
-            if (model.ready) return answer(exchange, 200, server_health().write());
-    refuse(exchange, server_overloaded("no model is ready yet"));
+    expire_batches();
+    expire_usage();
 }
 
 Json server_model_json(const ModelInfo& model, const std::string& id) {
@@ -475,12 +466,14 @@ Result<Server> Server::open(std::span<Responder* const> responders, const Server
         std::find(responders.begin(), responders.end(), nullptr) != responders.end())
         return detail::server_option("responders", "a server needs a Responder");
     if (auto checked = detail::server_check_options(options); !checked) return checked.error();
-    auto keys = detail::server_keys(options.keys);
+    auto keys = detail::server_keys(options.keys);  // which keeps no secret
     if (!keys) return keys.error();
     auto state = std::make_unique<State>();
     state->options = options;
+    for (ApiKey& key : state->options.keys) detail::wipe(key.secret.data(), key.secret.size());
     state->options.keys.clear();
     state->keys = std::move(*keys);
+    state->has_keys = !state->keys.empty();
     state->store = options.store;
     if (!state->store) {
 #ifdef VALAR_NO_STORE
@@ -507,9 +500,18 @@ Result<void> Server::run() {
 
 Result<bool> Server::step(int timeout_ms) { return state_->step(timeout_ms); }
 
-void Server::stop() {
+void Server::stop(bool at_once) {
     state_->stopping = true;
-    state_->http->stop();
+    state_->http->stop(at_once);
+}
+
+Result<void> Server::replace_keys(const std::vector<ApiKey>& keys) {
+    if (keys.empty())
+        return detail::server_option("keys", "there is no key, and a server does not become open");
+    auto next = detail::server_keys(keys);
+    if (!next) return next.error();
+    state_->set_keys(std::move(*next));
+    return {};
 }
 
 uint16_t Server::port() const { return state_->http->port(); }

@@ -40,14 +40,14 @@ constexpr DocStatus doc_statuses[] = {
     // clang-format off
     {400, DocScope::all, "The request is malformed, or a field of it is; `param` names the field."},
     {401, DocScope::keyed, "No API key, or an unknown one."},
-    {403, DocScope::all, "The Host or the Origin is not allowed."},
-    {404, DocScope::named, "There is no such response or model."},
+    {403, DocScope::all, "The Host, the Origin or a proxy is not allowed."},
+    {404, DocScope::named, "There is no such response, batch or model."},
     {408, DocScope::all, "The request, or a chat's answer, was not there in time."},
     {413, DocScope::all, "The body is too large."},
     {414, DocScope::all, "The request line is too long."},
     {415, DocScope::body, "The Content-Type or Content-Encoding is not supported."},
     {417, DocScope::all, "An expectation other than 100-continue."},
-    {429, DocScope::keyed, "This key may not make so many requests a minute."},
+    {429, DocScope::keyed, "Too many requests a minute, of this key or without a known one."},
     {431, DocScope::all, "The header fields are too long, or too many."},
     {500, DocScope::all, "Our own fault."},
     {501, DocScope::all, "A transfer coding other than chunked."},
@@ -146,6 +146,28 @@ void doc_add_answers(Json* schemas) {
     learn("DeletedResponse", server_deleted(""));
     learn("Conversation", server_conversation("", {0, Json::object(), {}}));
     learn("DeletedConversation", server_deleted_conversation(""));
+    for (const char* label : {"", "x"}) {
+        Json* known = schemas->find("Batch");
+        Json batch = known ? *known : Json::object();
+        doc_learn(&batch, server_batch("", 1, 1, label));
+        schemas->set("Batch", std::move(batch));
+    }
+    schemas->set("BatchRequest", server_batch_request());
+    schemas->set("BatchList", doc_array(doc_ref("Batch")));
+    Json status = (*schemas)["Batch"];
+    status.find("properties")
+        ->set("request_status",
+              doc_type("object").set("additionalProperties", server_batch_request_status()));
+    status.find("required")->push("request_status");
+    schemas->set("BatchStatus", std::move(status));
+    for (const auto& [name, view] : {std::pair("Usage", ServerUsageView::total),
+                                     std::pair("UsageBreakdown", ServerUsageView::breakdown),
+                                     std::pair("UsageActivity", ServerUsageView::activity),
+                                     std::pair("UsageTimeseries", ServerUsageView::timeseries)}) {
+        Json usage = Json::object();
+        for (const Json& sample : server_usage_samples(view)) doc_learn(&usage, sample);
+        schemas->set(name, std::move(usage));
+    }
     schemas->set("Document", doc_type("object"));
     Json count = Json::object();
     for (const Surface* surface : {&messages_count_surface, static_cast<const Surface*>(nullptr)})
@@ -229,7 +251,7 @@ Json DocWriter::parameters(const Route& route, const Operation& one) const {
                      .set("schema", std::move(schema)));
     };
     if (route.takes_argument())
-        add("path", "id", "Of the response, conversation or model.", doc_text(1));
+        add("path", "id", "Of the response, conversation, batch or model.", doc_text(1));
     if (!route.middle.empty()) add("path", "item", "Of the item.", doc_text(1));
     for (const ServerParameter& row : one.query) {
         if (!serves(row)) continue;
@@ -238,10 +260,26 @@ Json DocWriter::parameters(const Route& route, const Operation& one) const {
             schema = doc_type("integer").set("minimum", row.least).set("maximum", row.most);
         add("query", row.name, row.about, std::move(schema));
     }
-    if (one.handle == &ServerLoop::post_response)
+    if (one.handle == &ServerLoop::post_response || one.body)
         add("header", "Idempotency-Key", "A repeat under it is answered from the first's record.",
             doc_text(1, server_max_key_length));
     return all;
+}
+
+/// What a request with a webhook is followed by.
+Json doc_callbacks() {
+    const Json answer = Json::object().set("description", "It is taken; all else is tried again.");
+    const Json post = Json::object()
+                          .set("summary", "The response has ended.")
+                          .set("requestBody",
+                               Json::object()
+                                   .set("required", true)
+                                   .set("content",
+                                        doc_content_of("application/json", doc_ref("Response"))))
+                          .set("responses", Json::object().set("2XX", answer));
+    return Json::object().set("completion",
+                              Json::object().set("{$request.body#/metadata/completion_webhook}",
+                                                 Json::object().set("post", post)));
 }
 
 Json DocWriter::operation(const Route& route, const Operation& one) const {
@@ -249,14 +287,18 @@ Json DocWriter::operation(const Route& route, const Operation& one) const {
                    .set("operationId", one.name)
                    .set("summary", one.about)
                    .set("parameters", parameters(route, one));
-    if (one.handle == &ServerLoop::post_response || one.handle == &ServerLoop::post_count)
-        out.set(
-            "requestBody",
-            Json::object()
-                .set("required", true)
-                .set("content", doc_content_of("application/json",
-                                               doc_ref(doc_name_of(route.surface) + "Request"))));
+    const bool asks = one.handle == &ServerLoop::post_response ||
+                      one.handle == &ServerLoop::post_count;
+    const std::string body = asks       ? doc_name_of(route.surface) + "Request"
+                             : one.body ? one.body
+                                        : "";
+    if (!body.empty())
+        out.set("requestBody",
+                Json::object()
+                    .set("required", true)
+                    .set("content", doc_content_of("application/json", doc_ref(body))));
     out.set("responses", answers(route, one));
+    if (one.handle == &ServerLoop::post_response) out.set("callbacks", doc_callbacks());
     if (route.open) out.set("security", Json::array());
     return out;
 }
@@ -285,6 +327,10 @@ Json DocWriter::paths() {
 Json server_openapi(Dialect dialect, bool keyed) {
     DocWriter writer{dialect, keyed};
     doc_add_shared(&writer.schemas);
+    if (dialect == Dialect::openai)  // see put_references
+        writer.schemas.find("InputItem")
+            ->find("anyOf")
+            ->push(doc_object(2, {{"type", doc_word("item_reference")}, {"id", doc_text(1)}}));
     Json paths = writer.paths();
     doc_add_answers(&writer.schemas);
     Json components = Json::object()
@@ -317,7 +363,7 @@ void ServerLoop::get_openapi(Exchange& exchange, HttpRequest&) {
 }
 
 void ServerLoop::openapi_work(AnswerJob& job) {
-    job.text = server_openapi(options.dialect, !keys.empty()).write();
+    job.text = server_openapi(options.dialect, has_keys).write();
 }
 
 }  // namespace detail

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -32,7 +33,7 @@ Result<Hash256> server_secret_hash(const ApiKey& key) {
     };
     if (key.secret_sha256.empty()) {
         if (key.secret.size() >= server_min_secret && server_visible(key.secret))
-            return sha256(key.secret);
+            return server_secret_hash(key.secret);
         return refused("the secret must be 16 visible ASCII characters or more");
     }
     auto bytes = hex_decode(key.secret_sha256);
@@ -53,8 +54,11 @@ Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
             return server_option("keys", "key '" + key.id + "': the organisation is empty");
         auto hash = server_secret_hash(key);
         if (!hash) return hash.error();
-        keys.push_back({*hash, key.id, key.organisation, key.requests_per_minute,
-                        static_cast<double>(key.requests_per_minute), monotonic_ns()});
+        keys.push_back({*hash,
+                        key.id,
+                        key.organisation,
+                        key.requests_per_minute,
+                        {static_cast<double>(key.requests_per_minute), monotonic_ns()}});
     }
     const auto before = [](const ServerKey& a, const ServerKey& b) {
         return a.hash.view() < b.hash.view();
@@ -68,7 +72,10 @@ Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
 }
 
 Result<void> server_check_options(const ServerOptions& options) {
-    auto address = NetAddress::parse(options.host, options.port);
+    NetAddress local;
+    local.local = true;
+    auto address = unix_path(options.host) ? Result<NetAddress>(local)
+                                           : NetAddress::parse(options.host, options.port);
     if (!address) return server_option("host", address.error().message);
     if (options.require_keys && options.keys.empty())
         return server_option("keys", "there is no key, and require_keys asks for one");
@@ -76,7 +83,7 @@ Result<void> server_check_options(const ServerOptions& options) {
         const char* field;
         uint64_t value;
     } not_zero[] = {
-        {"sync_timeout_ms", options.sync_timeout_ms},
+        {"keep_alive_ms", options.keep_alive_ms},
         {"max_body_bytes", options.max_body_bytes},
         {"max_inflight_body_bytes", options.max_inflight_body_bytes},
     };
@@ -107,6 +114,7 @@ HttpOptions server_http_options(const ServerOptions& options) {
     http.limits.max_body_bytes = options.max_body_bytes;
     http.max_connections = options.max_connections;
     http.max_inflight_body_bytes = options.max_inflight_body_bytes;
+    http.idle_timeout_ms = options.keep_alive_ms;
     http.drain_timeout_ms = options.drain_timeout_ms;
     http.tick_ms = server_tick_ms;
     return http;
@@ -121,11 +129,21 @@ inline namespace v1 {
 
 // ---- The file of keys ------------------------------------------------------------------------
 
-Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
+Result<void> hash_secret(ApiKey* key) {
+    auto hash = detail::server_secret_hash(*key);
+    if (!hash) return hash.error();
+    detail::wipe(key->secret.data(), key->secret.size());
+    key->secret.clear();
+    key->secret_sha256 = hash->hex();
+    return {};
+}
+
+Result<std::vector<ApiKey>> read_key_file(const std::string& path, bool insecure) {
     using namespace detail;
-    auto text = read_file(path, server_max_key_file);
+    auto text = read_file(path, server_max_key_file, !insecure);
     if (!text) return text.error();
     std::vector<ApiKey> keys;
+    std::unordered_set<std::string> ids;
     std::string_view rest = *text;
     if (rest.substr(0, 3) == "\xEF\xBB\xBF") rest.remove_prefix(3);  // an editor's mark of UTF-8
     for (int line = 1; !rest.empty(); ++line) {
@@ -154,8 +172,7 @@ Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
                 return refused("requests-per-minute is not a positive number");
             key.requests_per_minute = static_cast<uint32_t>(number->as_int());
         }
-        for (const ApiKey& other : keys)
-            if (other.id == key.id) return refused("this id stands in an earlier line, too");
+        if (!ids.insert(key.id).second) return refused("this id stands in an earlier line, too");
         keys.push_back(std::move(key));
     }
     if (keys.empty())  // not "anybody may come in": a file of keys was asked for

@@ -3,7 +3,6 @@
 #include "server/loop.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -147,7 +146,7 @@ namespace {
 
 Error server_bad_after(std::string_view after) {
     return server_field("invalid_value", "after",
-                        "'after' is '" + printable(after) + "', which is none of the list");
+                        "'after' is \"" + printable(after) + "\", which is none of the list");
 }
 
 }  // namespace
@@ -237,139 +236,6 @@ Result<std::string> server_page_of(std::vector<Json> items, std::string_view que
     std::vector<Json> shown(std::make_move_iterator(first),
                             std::make_move_iterator(first + static_cast<ptrdiff_t>(count)));
     return server_list(std::move(shown), left > count).write();
-}
-
-// ---- Metrics -----------------------------------------------------------------------------------
-
-namespace {
-
-struct ServerMetric {
-    const char* name;
-    const char* kind;
-    const char* help;
-    double value;
-};
-
-void server_metric(std::string* out, const ServerMetric& metric) {
-    const Json number = metric.value == std::floor(metric.value) && metric.value < 9e15
-                            ? Json(static_cast<int64_t>(metric.value))
-                            : Json(metric.value);
-    *out += format("# HELP valar_%s %s\n# TYPE valar_%s %s\nvalar_%s ", metric.name, metric.help,
-                   metric.name, metric.kind, metric.name) +
-            number.write() + "\n";
-}
-
-/// How one field of ResponderStats is told; `wide` or `narrow` is the field.
-struct ServerStat {
-    const char* name;
-    const char* kind;
-    const char* help;
-    uint64_t ResponderStats::*wide = nullptr;
-    uint32_t ResponderStats::*narrow = nullptr;
-    double unit = 1;  // of the metric, in units of the field
-
-    constexpr ServerStat(const char* n, const char* k, const char* h, uint64_t ResponderStats::*f,
-                         double u = 1)
-        : name(n), kind(k), help(h), wide(f), unit(u) {}
-    constexpr ServerStat(const char* n, const char* k, const char* h, uint32_t ResponderStats::*f)
-        : name(n), kind(k), help(h), narrow(f) {}
-    constexpr size_t bytes() const { return wide ? sizeof(uint64_t) : sizeof(uint32_t); }
-    double of(const ResponderStats& stats) const {
-        return (wide ? static_cast<double>(stats.*wide) : static_cast<double>(stats.*narrow)) /
-               unit;
-    }
-};
-
-using Stats = ResponderStats;
-constexpr ServerStat server_stats[] = {
-    // clang-format off
-    {"model_requests_queued", "gauge", "Requests that wait for a model.", &Stats::queued},
-    {"model_requests_running", "gauge", "Requests that a model works on.", &Stats::running},
-    {"model_requests_completed_total", "counter", "Requests that were answered.", &Stats::completed},
-    {"model_requests_failed_total", "counter", "Requests that failed.", &Stats::failed},
-    {"model_requests_cancelled_total", "counter", "Requests that were cancelled.", &Stats::cancelled},
-    {"model_input_tokens_total", "counter", "Tokens read.", &Stats::input_tokens},
-    {"model_output_tokens_total", "counter", "Tokens written.", &Stats::output_tokens},
-    {"model_cached_tokens_total", "counter", "Tokens read that the prefix cache held.", &Stats::cached_tokens},
-    {"model_pages", "gauge", "Pages of keys and values, in all.", &Stats::pages},
-    {"model_pages_used", "gauge", "Pages that running requests use.", &Stats::pages_used},
-    {"model_pages_cached", "gauge", "Pages that no request uses, kept for prefixes.", &Stats::pages_cached},
-    {"model_pages_shared", "gauge", "Pages that several requests use.", &Stats::pages_shared},
-    {"model_preempted_total", "counter", "Times a request gave way to be resumed later.", &Stats::preempted},
-    {"model_batches_total", "counter", "Forward passes.", &Stats::batches},
-    {"model_batch_tokens_total", "counter", "Tokens in forward passes.", &Stats::batch_rows},
-    {"model_drafted_tokens_total", "counter", "Tokens in forward passes that were guessed.", &Stats::drafted_tokens},
-    {"model_accepted_tokens_total", "counter", "Tokens that were guessed right.", &Stats::accepted_tokens},
-    {"model_queue_seconds_total", "counter", "Time that finished requests waited.", &Stats::queue_us, 1e6},
-    {"model_prefill_seconds_total", "counter", "Time in which finished requests were read.", &Stats::prefill_us, 1e6},
-    {"model_decode_seconds_total", "counter", "Time in which finished requests were answered.", &Stats::decode_us, 1e6},
-    // clang-format on
-};
-
-constexpr size_t server_stats_bytes() {
-    size_t bytes = 0;
-    for (const ServerStat& stat : server_stats) bytes += stat.bytes();
-    return bytes;
-}
-static_assert(server_stats_bytes() == sizeof(ResponderStats), "every field has its row");
-
-}  // namespace
-
-std::string ServerLoop::metrics_text() const {
-    std::string out =
-        "# HELP valar_http_requests_total Requests that were answered, by route and status.\n"
-        "# TYPE valar_http_requests_total counter\n";
-    uint64_t requests = 0;
-    for (const auto& [key, count] : answered) {
-        out += format("valar_http_requests_total{route=\"%s\",status=\"%d\"} ", key.first.c_str(),
-                      key.second) +
-               std::to_string(count) + "\n";
-        requests += count;
-    }
-    const HttpServer::Stats net = http->stats();
-    const auto number = [](uint64_t value) { return static_cast<double>(value); };
-    const ServerMetric metrics[] = {
-        // clang-format off
-        {"http_request_seconds_sum", "counter", "Time from head to answer, summed.", answer_seconds},
-        {"http_request_seconds_count", "counter", "Requests that were answered.", number(requests)},
-        {"http_connections", "gauge", "Open connections.", number(net.connections)},
-        {"http_connections_accepted_total", "counter", "Connections accepted.", number(net.accepted)},
-        {"http_faults_total", "counter", "Malformed or refused requests.", number(net.faults)},
-        {"http_timeouts_total", "counter", "Connections that were too slow.", number(net.timeouts)},
-        {"http_body_bytes", "gauge", "Bytes of bodies in memory.", number(net.body_bytes)},
-        {"responses_live", "gauge", "Responses that are not finished.", number(live.size())},
-        {"responses_queued", "gauge", "Responses that are not begun.", number(queued)},
-        {"responses_replayed_total", "counter", "Repeats answered from a record.", number(replayed)},
-        {"store_bytes", "gauge", "Bytes of what the store holds.", number(store->bytes())},
-        // clang-format on
-    };
-    for (const ServerMetric& metric : metrics) server_metric(&out, metric);
-    for (const auto& [from, help] :
-         {std::pair("request", "Requests that were refused by our own fault, by kind."),
-          std::pair("response", "Responses that failed, by kind."),
-          std::pair("store", "Changes that the store did not take, by kind.")}) {
-        out += format("# HELP valar_%s_errors_total %s\n# TYPE valar_%s_errors_total counter\n",
-                      from, help, from);
-        const std::lock_guard<std::mutex> lock(trouble_mutex);
-        for (const auto& [cause, trouble] : troubles)
-            if (cause.first == from)
-                out += format("valar_%s_errors_total{kind=\"%s\"} ", from,
-                              server_error_kind(cause.second)) +
-                       std::to_string(trouble.count) + "\n";
-    }
-    std::vector<ResponderStats> of_all;
-    for (const Responder* responder : responders) of_all.push_back(responder->stats());
-    for (const ServerStat& stat : server_stats) {
-        double sum = 0;
-        for (const ResponderStats& one : of_all) sum += stat.of(one);
-        server_metric(&out, {stat.name, stat.kind, stat.help, sum});
-    }
-    return out;
-}
-
-void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
-    answer(exchange, make_reply(exchange, 200, metrics_text(),
-                                {{"Content-Type", "text/plain; version=0.0.4"}}));
 }
 
 }  // namespace detail

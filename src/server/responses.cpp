@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,13 +20,12 @@ namespace detail {
 
 // ---- Accepting a request -----------------------------------------------------------------------
 
-namespace {
-
 /// What acceptance resolved; a response is rendered from it and the request.
 std::string server_head(const ResponseRecord& record) {
     Json head = Json::object();
     if (!record.conversation_last.empty()) head.set("conversation_last", record.conversation_last);
     if (!record.raw.is_null()) head.set("raw", record.raw);
+    if (!record.key.empty()) head.set("key", record.key);
     return head.set("message_id", record.message_id)
         .set("created_at", record.created_at)
         .set("model", record.model)
@@ -34,8 +34,6 @@ std::string server_head(const ResponseRecord& record) {
         .set("seed", record.seed)
         .write();
 }
-
-}  // namespace
 
 std::shared_ptr<const std::string> server_shared(std::string text) {
     return std::make_shared<const std::string>(std::move(text));
@@ -56,9 +54,22 @@ ResponseRecord server_record(const StoredResponse& stored, Status status) {
     record.seed = known["seed"].as_int();
     record.conversation_last = known["conversation_last"].as_string();
     record.raw = known["raw"];
+    record.key = known["key"].as_string();
     record.status = status;
     if (request) record.request = std::move(*request);
     return record;
+}
+
+/// The token of a webhook is kept beside, until it was used for the last time.
+Result<void> server_hide_token(std::string* body, const Request& request) {
+    const auto is_token = [](const auto& pair) { return pair.first == kWebhookTokenKey; };
+    if (std::none_of(request.metadata.begin(), request.metadata.end(), is_token)) return {};
+    auto shown = Json::parse(*body);
+    if (!shown) return shown.error();
+    if (Json* metadata = shown->find("metadata")) metadata->set(kWebhookTokenKey, "***");
+    wipe(body->data(), body->size());
+    *body = shown->write();
+    return {};
 }
 
 Error server_field(const char* code, const char* param, std::string message) {
@@ -69,6 +80,16 @@ Error server_no_response(std::string_view id) {
     return server_not_found("no response '" + printable(id) + "'");
 }
 
+/// How many idempotency keys came, and the last of them.
+std::pair<int, std::string> server_key_headers(const HttpRequest& request) {
+    std::pair<int, std::string> found;
+    for (const char* name : {"Idempotency-Key", "Anthropic-Idempotency-Key"}) {
+        found.first += static_cast<int>(request.count(name));
+        if (const std::string* key = request.header(name)) found.second = *key;
+    }
+    return found;
+}
+
 void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     auto job = std::make_unique<AcceptJob>();
     job->exchange = exchange.number;
@@ -76,10 +97,7 @@ void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     job->form.surface = exchange.route->surface;
     job->stored.organisation = exchange.organisation;
     job->body = std::move(request.body);
-    for (const char* name : {"Idempotency-Key", "Anthropic-Idempotency-Key"}) {
-        job->keys += static_cast<int>(request.count(name));
-        if (const std::string* key = request.header(name)) job->key = *key;
-    }
+    std::tie(job->keys, job->key) = server_key_headers(request);
     exchange.keyed = job->keys > 0;
     send_job<&ServerLoop::accept_work, &ServerLoop::accept_admit>(std::move(job));
 }
@@ -89,7 +107,8 @@ std::optional<StoredResponse> ServerLoop::find_record(const std::string& organis
                                                       const std::string& id,
                                                       bool conversation) const {
     auto stored = store->find(organisation, id);
-    if (stored && stored->conversation != conversation) stored.reset();
+    if (stored && (stored->kept || stored->conversation != conversation)) stored.reset();
+    if (!stored && !conversation) stored = find_waiting(organisation, id);
     return stored;
 }
 
@@ -100,15 +119,14 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
     return nullptr;
 }
 
-/// The idempotency key and the fingerprint of the request under it: a hash of the route and of the
-/// body in canonical form, so that a body that is only written differently is the same request.
-Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Request& request) const {
-    if (job.keys == 0) return {};
-    const std::string_view key = trim(job.key);
+/// The name that an idempotency key reserves.
+Result<std::string> ServerLoop::reservation_of(int keys, std::string_view given,
+                                               const std::string& key_id) {
+    const std::string_view key = trim(given);
     const auto refused = [](const char* code, const char* message) {
         return server_field(code, "Idempotency-Key", message);
     };
-    if (job.keys > 1) return refused("invalid_value", "more than one header of an idempotency key");
+    if (keys > 1) return refused("invalid_value", "more than one header of an idempotency key");
     if (key.empty())
         return refused("string_below_min_length", "the header Idempotency-Key is empty");
     if (utf8_count(key) > server_max_key_length)
@@ -117,14 +135,56 @@ Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Reques
     const auto control = [](char c) { return static_cast<unsigned char>(c) < ' ' || c == 0x7f; };
     if (std::any_of(key.begin(), key.end(), control))
         return refused("invalid_value", "the header Idempotency-Key holds control characters");
+    return key_id + "\n" + std::string(key);
+}
+
+/// The idempotency key and the fingerprint of the request under it: a hash of the route and of the
+/// body in canonical form, so that a body that is only written differently is the same request.
+Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Request& request) const {
+    if (job.keys == 0) return {};
+    auto reservation = reservation_of(job.keys, job.key, job.key_id);
+    if (!reservation) return reservation.error();
     if (!request.store)
         return server_field("unsupported_value", "store",
                             "'store' must be true with an idempotency key, but false was received");
-    job.stored.reservation = job.key_id + "\n" + std::string(key);
+    job.stored.reservation = std::move(*reservation);
     const std::string_view route = job.form.surface ? job.form.surface->path : "/v1/responses";
     const Hash256 hash = sha256(join({route, "\n", body.canonical()}));
     job.stored.fingerprint = hash.view();
     return {};
+}
+
+/// Items of earlier answers take the places where the input of /v1/responses refers to them (openai
+/// dialect), and empty messages those of items that nobody knows, which the error then names. `sent`:
+/// the body as it was, where it is changed.
+Result<void> ServerLoop::put_references(const std::string& organisation, const Surface* surface,
+                                        Json* body, Json* sent) const {
+    if (surface || options.dialect != Dialect::openai) return {};
+    Json* input = body->find("input");
+    uint64_t bytes = 0;  // of the answers that were read
+    Result<void> put;
+    for (size_t i = 0; input && input->is_array() && i < input->size(); ++i) {
+        Json& item = input->items()[i];
+        if (item["type"].as_string() != "item_reference") continue;
+        if (sent->is_null()) *sent = *body;
+        const std::string id(item["id"].as_string());
+        item = Json::object().set("role", "assistant").set("content", "");
+        const auto record = find_record(organisation, item_response_id(id));
+        auto object = record && record->terminal &&
+                              (bytes += record->object->size()) <= options.max_body_bytes
+                          ? Json::parse(*record->object)
+                          : Result<Json>(Json());
+        if (!object) return object.error();
+        const auto& output = (*object)["output"].items();
+        const auto found = std::find_if(output.begin(), output.end(), [&](const Json& one) {
+            return one["id"].as_string() == id;
+        });
+        if (found != output.end()) item = *found;
+        else if (put)
+            put = server_field("invalid_value", ("input[" + std::to_string(i) + "].id").c_str(),
+                               "no item '" + printable(id) + "' in a finished response");
+    }
+    return put;
 }
 
 /// Puts the turns of a chain of earlier responses, or of a conversation, before the request's own
@@ -208,16 +268,21 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     auto body = Json::parse(job.body);
     if (!body) return body.error();
     SurfaceBody read;
+    Json sent;
+    auto put = put_references(job.stored.organisation, job.form.surface, &*body, &sent);
     auto request = read_request(*body, &job.form, &read);
     if (!request) return request.error();
     job.ignored = ignored_fields(*body, job.form.surface, options.dialect);
-    if (auto keyed = read_key(job, *body, *request); !keyed) return keyed.error();
+    if (auto keyed = read_key(job, sent.is_null() ? *body : sent, *request); !keyed)
+        return keyed.error();
     StoredResponse& stored = job.stored;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
         job.replay = store->reserved(stored.organisation, stored.reservation);
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
     }
+    if (!put) return put.error();
     const Surface* surface = job.form.surface;
+    if (!sent.is_null()) job.body = body->write();
     auto prepared = prepare(stored.organisation, std::move(*body), &*request, &job.responder,
                             &job.conversation_last);
     if (!prepared)
@@ -252,8 +317,10 @@ void ServerLoop::count_work(CountJob& job) {
     const auto prepared = [&]() -> Result<std::unique_ptr<Prepared>> {
         auto body = Json::parse(job.body);
         if (!body) return body.error();
+        Json sent;
+        auto put = put_references(job.organisation, surface, &*body, &sent);
         auto request = read_request(*body, &job.form, &read);
-        if (!request) return request.error();
+        if (!request || !put) return request ? put.error() : request.error();
         auto made = prepare(job.organisation, std::move(*body), &*request, &responder, &last);
         if (!made && surface) return surface_error(*surface, made.error(), read);
         return made;
@@ -266,12 +333,12 @@ void ServerLoop::count_work(CountJob& job) {
 }
 
 Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
-    auto id = draw_id("resp_"), message_id = draw_id("msg_");
-    if (!id || !message_id) return id ? message_id.error() : id.error();
+    auto id = draw_id("resp_");
+    if (!id) return id.error();
     StoredResponse& stored = job.stored;
     ResponseRecord record;
     record.id = *id;
-    record.message_id = *message_id;
+    record.message_id = first_message_id(*id);
     record.model = request.model;
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
@@ -279,12 +346,15 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     record.input_tokens = job.prepared->input_tokens;
     record.conversation_last = job.conversation_last;
     record.raw = job.raw;
+    record.key = job.key_id;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
     stored.background = request.background;
     stored.attempts = 1;
     stored.head = server_shared(server_head(record));
+    job.hook = webhooks.read(request);
+    if (auto hidden = server_hide_token(&job.body, request); !hidden) return hidden;
     stored.request = server_shared(std::move(job.body));
     job.store = request.store;
     if (stored.background && !job.form.stream) job.text = render_live(stored, false);
@@ -307,7 +377,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     exchange->ignored = std::move(job->ignored);
     if (!job->error && job->prepared && stopping)
         job->error = server_overloaded("the server is shutting down");
-    if (!job->error && job->prepared && queued >= options.max_queued)
+    if (!job->error && job->prepared && waiting() >= options.max_queued)
         job->error = server_overloaded("too many requests are waiting");
     if (job->error) return refuse(*exchange, *job->error);
     exchange->form = job->form;
@@ -329,6 +399,9 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
         return accept_done(std::move(job));
     }
     StoredResponse record = stored;
+    if (!job->hook) webhooks.refuse("response", record.id, job->hook.error());
+    entry.webhook = job->hook && !job->hook->empty();
+    if (entry.webhook) webhooks.keep(record.id, record.organisation, std::move(*job->hook));
     store->add(std::move(record), on_kept<&ServerLoop::accept_done>(std::move(job)));
 }
 
@@ -345,6 +418,7 @@ void ServerLoop::accept_done(JobPtr<AcceptJob> job) {
         return begin(std::move(job));
     }
     --queued;
+    if (entry.webhook) webhooks.forget(id, entry.organisation);
     live.erase(id);
     if (!exchange) return;
     if (job->error->kind == ErrorKind::conflict) {
@@ -383,6 +457,7 @@ void ServerLoop::take_back(const std::string& id, uint64_t exchange_number, Erro
     const bool kept = !entry.unkept;
     const std::string organisation = entry.organisation;
     --queued;
+    if (entry.webhook) webhooks.forget(id, organisation);
     live.erase(id);
     for (const uint64_t number : waiters)
         if (Exchange* exchange = find_exchange(number)) refuse(*exchange, error);
@@ -393,6 +468,7 @@ void ServerLoop::take_back(const std::string& id, uint64_t exchange_number, Erro
 void ServerLoop::wait_for(Exchange& exchange, const std::string& id, Live& entry) {
     exchange.response_id = id;
     entry.waiters.push_back(exchange.number);
+    if (options.sync_timeout_ms == 0) return;
     const uint64_t wait_ns = uint64_t{options.sync_timeout_ms} * 1'000'000;
     timeouts.emplace_back(monotonic_ns() + wait_ns, exchange.number);
 }
@@ -425,10 +501,16 @@ void ServerLoop::take_events(const std::string& id) {
         if (entry.stream) entry.stream->events->add(*event);
         if (entry.stream && entry.stream->events->size() >= server_most_unsent / 4)
             send_events(entry);
-        if (!outcome && !std::exchange(entry.running, true)) --queued;
+        if (!outcome) leave_queue(entry);
     }
     if (entry.stream) send_events(entry);
     if (outcome) finish(id, entry, std::move(outcome));
+}
+
+void ServerLoop::leave_queue(Live& entry) {
+    if (std::exchange(entry.running, true)) return;
+    --queued;
+    items_queued -= entry.item;
 }
 
 void ServerLoop::cancel(const std::string& id, Live& entry) {
@@ -441,6 +523,7 @@ void ServerLoop::cancel(const std::string& id, Live& entry) {
 
 /// Leaves it unfinished for the next start, as if it had not been begun this time.
 void ServerLoop::park(const std::string& id, Live& entry) {
+    log_left(entry, nullptr);
     if (entry.state >= Live::State::finishing) return;
     if (std::exchange(entry.state, Live::State::parked) == Live::State::working)
         entry.responder->cancel(id);
@@ -450,14 +533,15 @@ void ServerLoop::park(const std::string& id, Live& entry) {
 
 void ServerLoop::finish(const std::string& id, Live& entry,
                         std::shared_ptr<const Outcome> outcome) {
-    if (!entry.running) --queued;
-    entry.running = true;
+    leave_queue(entry);
     entry.state = Live::State::finishing;
+    orphans.erase(id);
     ++finishing;
     const uint64_t now_ns = monotonic_ns();
     const double gap_s = static_cast<double>(now_ns - last_finish_ns) / 1e9;
     if (std::exchange(last_finish_ns, now_ns) != 0)
         finish_gap_s += (std::min(gap_s, 60.0) - finish_gap_s) / 8;
+    figures.add(*outcome);
     auto job = std::make_unique<FinishJob>();
     job->stored.id = id;
     job->stored.organisation = entry.organisation;
@@ -488,6 +572,7 @@ void ServerLoop::finish_work(FinishJob& job) {
         job.stored, is_terminal(outcome.status) ? outcome.status : Status::failed);
     record.completed_at = std::max(unix_time_ms() / 1000, record.created_at);
     record.outcome = job.outcome;
+    job.used = usage_key(record);
     job.stored.object = server_shared(render_response(record, options.dialect).write());
     job.stored.head = job.stored.request = nullptr;
     if (const Json& in = record.request["conversation"];
@@ -516,13 +601,20 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
     const bool again = !drain_begun && job->error && job->error->kind == ErrorKind::overloaded;
     const auto stream = std::move(found->second.stream);
+    const Outcome& outcome = *job->outcome;
+    const bool told = found->second.left || !waiters.empty() || job->error;
+    log_left(found->second, &outcome);
+    if (!job->error) count_usage(*job);
     if (!again) {
+        const bool item = found->second.item, hooked = found->second.webhook;
         live.erase(found);
         --finishing;
+        if (hooked && !job->error) webhooks.begin(job->stored.id, job->stored.organisation);
+        if (item) item_ended(job->stored.id, outcome.status);
     }
-    const Outcome& outcome = *job->outcome;
-    if (waiters.empty() && !job->error && options.log.write)  // no exchange's line will tell
+    if (!told && options.log.write)  // no exchange's line will tell
         log_line(
+            LogLevel::info,
             Json::object()
                 .set("response", job->stored.id)
                 .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
@@ -562,18 +654,30 @@ void ServerLoop::delete_response(Exchange& exchange, HttpRequest&) {
     const auto found = live.find(exchange.argument);
     if (found == live.end() || found->second.organisation != exchange.organisation ||
         found->second.unkept)
-        return remove(exchange, exchange.argument);
+        return end_waiting(exchange) ? void() : remove(exchange, exchange.argument);
     exchange.removes = true;
     wait_for(exchange, found->first, found->second);
     cancel(found->first, found->second);
 }
 
 void ServerLoop::remove(Exchange& exchange, const std::string& id) {
-    if (id.starts_with("conv_")) return refuse(exchange, server_no_response(id));
+    if (!id.starts_with("resp_")) return refuse(exchange, server_no_response(id));
     auto job = std::make_unique<RemoveJob>();
     job->exchange = exchange.number;
     job->id = id;
-    store->erase(exchange.organisation, id, true, store->now_ms(),
+    job->organisation = exchange.organisation;
+    if (!webhooks.has(id)) return remove_keep(std::move(job));
+    send_job<&ServerLoop::remove_work, &ServerLoop::remove_keep>(std::move(job));
+}
+
+void ServerLoop::remove_work(RemoveJob& job) {
+    if (auto stored = store->find(job.organisation, job.id)) job.undelivered = stored->object;
+}
+
+void ServerLoop::remove_keep(JobPtr<RemoveJob> job) {
+    const std::string id = job->id, organisation = job->organisation;
+    if (job->undelivered) webhooks.keep_body(id, std::move(job->undelivered));
+    store->erase(organisation, id, true, store->now_ms(),
                  on_kept<&ServerLoop::remove_done>(std::move(job)));
 }
 
@@ -602,7 +706,7 @@ Error server_not_background() {
 void ServerLoop::post_cancel(Exchange& exchange, HttpRequest&) {
     const auto found = live.find(exchange.argument);
     if (found == live.end() || found->second.organisation != exchange.organisation)
-        return show(exchange, exchange.argument, 200, true);
+        return end_waiting(exchange) ? void() : show(exchange, exchange.argument, 200, true);
     if (!found->second.background) return refuse(exchange, server_not_background());
     wait_for(exchange, found->first, found->second);
     cancel(found->first, found->second);
@@ -616,6 +720,7 @@ void ServerLoop::recover_all() {
     sort_items(left, [](const StoredResponse& a, const StoredResponse& b) {
         return a.created_at_ms < b.created_at_ms;
     });
+    recover_kept(&left);
     for (const StoredResponse& stored : left) {
         if (stored.conversation) {  // was not told of yet
             store->erase(stored.organisation, stored.id, false, store->now_ms(),
@@ -630,6 +735,13 @@ void ServerLoop::recover_all() {
         entry.attempts = stored.attempts;
         entry.begun = false;
         ++queued;
+        size_t place = 0;
+        if (Batch* batch = batch_of_item(stored.id, &place)) {
+            entry.item = true;
+            ++items_queued;
+            ++batch->live;
+            batch->states[place] = server_batch_begun;
+        }
         if (entry.resumable && entry.attempts < server_max_attempts) {
             recoverable.push_back(stored.id);
             continue;
@@ -640,7 +752,14 @@ void ServerLoop::recover_all() {
                                     "server_restarted");
         finish(stored.id, entry, std::move(outcome));
     }
+    webhooks.recover_all();
+    if (!live.empty())
+        say(LogLevel::info, Json::object()
+                                .set("event", "unfinished")
+                                .set("resumed", recoverable.size())
+                                .set("failed", live.size() - recoverable.size()));
     recover_some();
+    feed_batches();
 }
 
 void ServerLoop::recover_some() {
@@ -665,6 +784,7 @@ void ServerLoop::recover_work(RecoverJob& job) {
         record.request.set("seed", record.seed);
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
+        job.model = request->model;
         if (!record.raw.is_null()) request->raw = raw_prompt(record.raw);
         auto prepared = this->prepare(record.organisation, std::move(record.request), &*request,
                                       &job.responder, &record.conversation_last);
@@ -696,6 +816,11 @@ void ServerLoop::recover_done(JobPtr<RecoverJob> job) {
         auto submitted = entry.responder->submit(std::move(job->prepared), id);
         if (submitted) {
             entry.state = Live::State::working;
+            if (entry.attempts > 1 || !entry.item)
+                say(LogLevel::info, Json::object()
+                                        .set("event", "resumed")
+                                        .set("response", id)
+                                        .set("attempt", entry.attempts));
             take_events(id);
             return recover_some();
         }
@@ -705,11 +830,46 @@ void ServerLoop::recover_done(JobPtr<RecoverJob> job) {
         recoverable.push_back(id);
         return;
     }
+    if (job->error->code == "model_not_found" && options.orphans_ms > 0) {
+        add_orphan(id, job->model);
+        return recover_some();
+    }
     auto outcome = std::make_shared<Outcome>();
     outcome->status = Status::failed;
     outcome->error = std::move(job->error);
     finish(id, entry, std::move(outcome));
     recover_some();
+}
+
+/// It keeps its place: who started the server without an alias may do so again, with it.
+void ServerLoop::add_orphan(const std::string& id, const std::string& model) {
+    const bool first = std::none_of(orphans.begin(), orphans.end(),
+                                    [&](const auto& one) { return one.second.model == model; });
+    orphans[id] = {model, monotonic_ns() + uint64_t{options.orphans_ms} * 1'000'000};
+    if (!first) return;
+    const std::string shown = printable(std::string_view(model).substr(0, server_shown_bytes));
+    std::string message = "responses of before the restart wait for the model '" + shown +
+                          format("', which none here answers to; after %u s they fail",
+                                 unsigned{options.orphans_ms / 1000});
+    say(LogLevel::warning, Json::object().set("message", std::move(message)));
+}
+
+void ServerLoop::look_after_orphans(uint64_t now_ns) {
+    for (auto next = orphans.begin(); next != orphans.end();) {
+        const auto at = next++;
+        const bool known = find_responder(at->second.model) != nullptr;
+        if (!known && now_ns < at->second.until_ns) continue;
+        const auto [id, orphan] = *at;
+        orphans.erase(at);
+        if (known) {
+            recoverable.push_back(id);
+            continue;
+        }
+        auto outcome = std::make_shared<Outcome>();
+        outcome->status = Status::failed;
+        outcome->error = server_no_model(orphan.model);
+        finish(id, live.find(id)->second, std::move(outcome));
+    }
 }
 
 }  // namespace detail

@@ -39,10 +39,15 @@ std::string events_after(const std::string& log, uint64_t after) {
 
 /// The query of GET: whether it wants events, and from where.
 Result<void> ServerLoop::read_stream(Exchange& exchange) const {
-    if (options.dialect != Dialect::openai) return {};
     auto stream = server_parameter(exchange.query, server_stream),
          after = server_parameter(exchange.query, server_starting_after);
     if (!stream || !after) return stream ? after.error() : stream.error();
+    if (options.dialect != Dialect::openai) {
+        if (stream->as_string() != "true" && after->is_null()) return {};
+        return server_field("unsupported_value", stream->is_null() ? "starting_after" : "stream",
+                            "'stream=true' is not supported in this dialect: start the server with "
+                            "--dialect openai (in C++ ServerOptions::dialect), or poll without it");
+    }
     exchange.form.stream = stream->as_string() == "true";
     if (after->is_null()) return {};
     if (!exchange.form.stream)
@@ -110,36 +115,6 @@ void ServerLoop::on_sent(uint64_t number) {
         const std::string id = exchange->response_id;
         take_events(id);
     }
-}
-
-/// A stream never just stops: it ends with the event that says why.
-void ServerLoop::break_streams(const std::string& id, Live& entry) {
-    const bool goes_on = entry.resumable && !entry.unkept;
-    const Error error = server_overloaded(
-        goes_on ? "the server is shutting down; when it is back the response goes on: "
-                  "GET /v1/responses/" +
-                      id
-                : std::string("the server is shutting down"));
-    std::string last;  // for those who have what came before
-    if (const auto stream = std::move(entry.stream)) {
-        stream->events->fail(error, goes_on);
-        last = stream->events->take();
-    }
-    bool owned = false;
-    for (const uint64_t number : std::exchange(entry.waiters, {})) {
-        Exchange* exchange = find_exchange(number);
-        if (!exchange) continue;
-        owned |= exchange->begun && number == entry.owner;
-        if (!exchange->begun) entry.waiters.push_back(number);
-        else if (exchange->follows) end_stream(*exchange, last);
-        else refuse(*exchange, error);
-    }
-    if (owned) cancel(id, entry);
-}
-
-/// stop() gave what runs its time, and that is over.
-void ServerLoop::on_drained() {
-    for (auto& [id, entry] : live) break_streams(id, entry);
 }
 
 /// Those who get nothing for a while are told that somebody is there.

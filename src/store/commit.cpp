@@ -101,8 +101,14 @@ Result<void> FileJournal::encode_step(StoreChange::Kind change, StorePlan::Step&
 Result<void> FileJournal::add_to_commit(StoreChange& change) {
     if (broken && change.kind != StoreChange::Kind::expire) return *broken;
     if (write_failed) return *write_failed;
+    const bool grows = change.kind == StoreChange::Kind::add ||
+                       (change.kind == StoreChange::Kind::finish && out.size() >= spendable);
+    if (full && grows) return *full;
     const size_t begin = plan->steps().size();
     if (auto decided = plan->decide(change); !decided) return decided;
+    if (const size_t gone = plan->steps().size() - begin;
+        gone > 0 && change.kind == StoreChange::Kind::expire)
+        options.log(LogLevel::info, format("%zu finished records expired", gone));
     for (size_t i = begin; i < plan->steps().size(); ++i) {
         auto put = encode_step(change.kind, plan->steps()[i]);
         if (put) continue;
@@ -133,6 +139,7 @@ Result<void> FileJournal::write() {
     }
     if (written == segment.bytes) return {};
     if (auto synced = stop_if_failed(segment.file->sync()); !synced) return *broken;
+    spendable -= std::min(spendable, written - segment.bytes);
     segment.bytes = written;
     segment.records += uint32_t(next_sequence - commit);
     segment.digest = digest;
@@ -155,15 +162,25 @@ Result<void> FileJournal::append(uint16_t type, StoredResponse record) {
     return write();
 }
 
-void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+Result<void> FileJournal::try_commit(std::vector<StoreChange>& changes,
+                                     std::vector<Result<void>>* results) {
     begin_commit();
+    results->clear();
+    for (StoreChange& change : changes) results->push_back(add_to_commit(change));
+    return write();
+}
+
+void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+    look_for_room();
     std::vector<Result<void>> results;
     int64_t now_ms = 0;
-    for (StoreChange& change : changes) {
-        results.push_back(add_to_commit(change));
+    for (const StoreChange& change : changes)
         if (change.kind == StoreChange::Kind::expire) now_ms = std::max(now_ms, change.now_ms);
+    auto done = try_commit(changes, &results);
+    if (!done && done.error().kind == ErrorKind::overloaded && give_reserve(done.error())) {
+        plan->clear();
+        done = try_commit(changes, &results);
     }
-    auto done = write();
     {
         const std::lock_guard<std::mutex> lock(records->mutex);
         if (done)
@@ -177,6 +194,61 @@ void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
     if (segments.back()->bytes >= options.segment_bytes && !broken) (void)roll().ok();
     if (now_ms != 0) upkeep(now_ms);
     if (this->now_ms() >= time.next_mark_ms) write_mark();
+}
+
+// ---- A full disk -----------------------------------------------------------------------------
+
+void FileJournal::set_failure(const std::optional<Error>& why) {
+    const std::lock_guard<std::mutex> lock(failure_mutex);
+    failure = why;
+}
+
+/// As much of a segment as there is room for.
+void FileJournal::take_reserve() {
+    const auto take = [&](uint64_t bytes) -> Result<void> {
+        auto file = folder->open_file("reserve", false);
+        if (!file) file = folder->open_file("reserve", true);
+        return file ? (*file)->allocate(bytes) : file.error();
+    };
+    const uint64_t least = least_reserve();
+    Result<void> taken;
+    for (uint64_t bytes = options.segment_bytes; bytes > least; bytes /= 2) {
+        taken = take(bytes);
+        if (taken) {
+            reserve = bytes;
+            return;
+        }
+        (void)folder->remove("reserve").ok();
+        if (taken.error().kind != ErrorKind::overloaded) return;  // it goes without
+    }
+    if (full || taken) return;
+    full = taken.error();
+    wanted_free = folder->free_bytes() + least;
+    set_failure(full);
+}
+
+/// True: there is room for what cannot wait, for once.
+bool FileJournal::give_reserve(const Error& why) {
+    const uint64_t given = std::exchange(reserve, 0), left = folder->free_bytes();
+    if (given == 0 || !folder->remove("reserve")) return false;
+    full = why;
+    spendable = given / 2;
+    // what was given is no new room (where it cannot be known the sum wraps, and is no bound)
+    wanted_free = left + given + least_reserve();
+    set_failure(full);
+    return true;
+}
+
+void FileJournal::look_for_room() {
+    const uint64_t now_ns = folder->clock_ns();
+    if (now_ns < next_look_ns) return;
+    next_look_ns = now_ns + journal_look_ns;
+    free_bytes = folder->free_bytes();
+    if (!full || broken || free_bytes < wanted_free) return;
+    take_reserve();
+    if (reserve == 0) return;
+    full.reset();
+    set_failure(std::nullopt);
 }
 
 /// While there is something that ages.
@@ -478,6 +550,8 @@ Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& optio
     if (auto loaded = state.load(); !loaded) return loaded.error();
     state.time.begin();
     state.ready = true;
+    state.take_reserve();
+    state.look_for_room();
     if (!options.own_thread) return store;
     const auto run = [](void* self) { static_cast<State*>(self)->run(); };
     auto thread = detail::Thread::start(run, &state, "valar store");
@@ -496,8 +570,17 @@ void FileStore::change(detail::StoreChange change) {
     if (first) state_->queue_filled.notify_one();
 }
 
+int64_t FileStore::retention_ms() const {
+    return detail::store_retention_ms(state_->options.retention_s);
+}
 bool FileStore::step() { return state_->step(); }
 int64_t FileStore::now_ms() const { return state_->now_ms(); }
+
+uint64_t FileStore::free_bytes() const { return state_->free_bytes; }
+std::optional<Error> FileStore::failure() const {
+    const std::lock_guard<std::mutex> lock(state_->failure_mutex);
+    return state_->failure;
+}
 
 uint64_t FileStore::disk_bytes() const {
     const std::lock_guard<std::mutex> lock(records_->mutex);

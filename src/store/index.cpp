@@ -42,8 +42,7 @@ namespace detail {
 void StoreIndex::link(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ += entry.cost();
-    if (!entry.erased && !record.conversation)
-        arrivals_[{record.organisation, entry.serial}] = &entry;
+    if (entry.is_listed()) arrivals_[{record.organisation, entry.serial}] = &entry;
     if (record.terminal) ended_[{record.ended_at_ms, entry.serial}] = &entry;
     if (!record.reservation.empty()) reserved_[{record.organisation, record.reservation}] = &entry;
 }
@@ -66,8 +65,7 @@ Result<std::vector<std::string>> StoreIndex::list(const std::string& organisatio
     uint64_t before = UINT64_MAX;
     if (!after.empty()) {
         const StoreEntry* entry = find(after);
-        if (!entry || entry->erased || entry->record.conversation ||
-            entry->record.organisation != organisation)
+        if (!entry || !entry->is_listed() || entry->record.organisation != organisation)
             return store_not_found();
         before = entry->serial;
     }
@@ -176,7 +174,7 @@ Result<void> StorePlan::update(const StoreChange& change) {
     if (!found || !(begins ? !found->record.terminal : found->takes_object()))
         return make_error(ErrorKind::not_found, "no unfinished response has this id", "not_found");
     StoreEntry entry = *found;
-    const int64_t died_ms = entry.record.terminal ? change.now_ms : 0;  // the object before this
+    const int64_t died_ms = entry.record.ended_at_ms != 0 ? change.now_ms : 0;  // the object before
     if (begins) entry.record.attempts = change.record.attempts;
     else entry.put_object(change.record.object, change.now_ms);
     step(change.record.id, std::move(entry), died_ms);
@@ -288,6 +286,9 @@ MemoryStore::MemoryStore(const MemoryStoreOptions& options)
           options, {&records_->index, options.max_bytes, options.retention_s, &records_->serial}}) {
 }
 MemoryStore::~MemoryStore() = default;
+int64_t MemoryStore::retention_ms() const {
+    return detail::store_retention_ms(state_->options.retention_s);
+}
 
 void MemoryStore::change(detail::StoreChange change) {
     Result<void> result;

@@ -49,8 +49,9 @@ struct StoreEntry {
     }
     /// Whether an object may be put here.
     bool takes_object() const { return !erased && (!record.terminal || record.conversation); }
+    bool is_listed() const { return !erased && !record.conversation && !record.kept; }
     void put_object(const std::shared_ptr<const std::string>& object, int64_t ended_at_ms) {
-        record.terminal = true;
+        record.terminal = !record.kept;
         record.ended_at_ms = ended_at_ms;
         record.object = object;
         text_bytes += size_of_text(object) - object_bytes;
@@ -59,6 +60,10 @@ struct StoreEntry {
     }
     void drop_texts() { record.head = record.request = record.object = nullptr; }
 };
+
+inline int64_t store_retention_ms(int64_t seconds) {
+    return std::clamp<int64_t>(seconds, 0, INT64_MAX / 1000) * 1000;
+}
 
 /// Whether `age_ms`, which is not negative, has passed since then. No difference overflows.
 inline bool store_is_past(int64_t since_ms, int64_t age_ms, int64_t now_ms) {
@@ -132,7 +137,7 @@ public:
     StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
         : index_(index),
           max_bytes_(max_bytes),
-          retention_ms_(std::clamp<int64_t>(retention_s, 0, INT64_MAX / 1000) * 1000),
+          retention_ms_(store_retention_ms(retention_s)),
           serial_(serial) {}
 
     /// Decides one change; the steps that it takes are appended.

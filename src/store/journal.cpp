@@ -81,6 +81,7 @@ Result<void> FileJournal::stop_if_failed(Result<void> synced) {
     if (!synced && !broken) {
         broken = make_error(ErrorKind::io, "the journal takes no more: " + synced.error().message);
         options.log(LogLevel::error, broken->message);
+        set_failure(broken);
     }
     return synced;
 }
@@ -170,7 +171,7 @@ void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse r
         case journal_finish:
             if (!found || !found->takes_object())
                 return segment.note_dead(record.ended_at_ms);  // of one that expired
-            if (!open) died_ms = record.ended_at_ms;           // the object before this
+            if (found->record.ended_at_ms != 0) died_ms = record.ended_at_ms;  // the object before
             entry.put_object(record.object, record.ended_at_ms);
             entry.ended = place;
             break;
@@ -333,7 +334,7 @@ Result<void> FileJournal::check_head(const JournalSegment& segment, std::string_
         return journal_newer(segment.name);
     if (bytes.size() < journal_segment_head)
         return journal_damage(segment.name, bytes.size(), "it ends within its head");
-    if (bytes.substr(0, 8) == "valarjnl" && journal_get<uint32_t>(at + 8) == journal_version &&
+    if (bytes.substr(0, 8) == "valarjnl" && journal_get<uint32_t>(at + 8) != 0 &&
         journal_get<uint32_t>(at + 12) == salt &&
         journal_get<uint32_t>(at + 16) == segment.number &&
         journal_get<uint64_t>(at + 20) == segment.first_sequence &&

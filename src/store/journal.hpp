@@ -3,6 +3,8 @@
 #include "digest_internal.hpp"
 #include "store/index.hpp"
 
+#include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -61,7 +63,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t journal_version = 1;               // of segments
+inline constexpr uint32_t journal_version = 2;               // of segments; 1 knew no `kept`
 inline constexpr uint32_t journal_manifest_version = 2;      // 1 had sizes, and no more to compare
 inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
 inline constexpr uint64_t journal_last_sequence = uint64_t{1} << 63;  // far from where sums wrap
@@ -74,6 +76,8 @@ inline constexpr uint64_t journal_max_payload = uint64_t{1} << 30;
 inline constexpr size_t journal_write_bytes = size_t{4} << 20;  // gathered before a write
 inline constexpr size_t journal_copy_bytes = size_t{1} << 20;   // of compaction, between commits
 inline constexpr int64_t journal_dead_ms = 12 * 3600 * 1000;    // then what died leaves the disk
+inline constexpr uint64_t journal_least_reserve = 64 << 10;     // on a small disk
+inline constexpr uint64_t journal_look_ns = 1'000'000'000;      // between looks for room
 inline constexpr int64_t journal_mark_ms = 10 * 60 * 1000;      // between marks
 
 enum JournalType : uint16_t {
@@ -170,11 +174,13 @@ void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t&
         codec.number(record.created_at_ms);
     }
     if (type == journal_add) {
-        unsigned flags = unsigned(record.background) | unsigned(record.conversation) << 1;
+        unsigned flags = unsigned(record.background) | unsigned(record.conversation) << 1 |
+                         unsigned(record.kept) << 2;
         codec.number(flags);
         record.background = flags & 1;
         record.conversation = flags & 2;
-        if constexpr (std::is_same_v<Codec, JournalDecoder>) codec.good = codec.good && flags < 4;
+        record.kept = flags & 4;
+        if constexpr (std::is_same_v<Codec, JournalDecoder>) codec.good = codec.good && flags < 8;
     }
     if (type == journal_add || type == journal_begin) codec.number(record.attempts);
     if (type == journal_finish || type == journal_erase) codec.number(record.ended_at_ms);
@@ -235,6 +241,9 @@ Error journal_damage(const std::string& name, uint64_t offset, std::string_view 
 Error journal_newer(const std::string& name);
 
 Result<Buffer> journal_read(FolderFile& file);
+
+/// Copies a journal that may be at work meanwhile: an instant of it since the call. `to` is empty.
+Result<void> journal_copy(Folder& from, Folder& to);
 
 /// A name for a damaged file, which joins `names`.
 std::string journal_aside(std::vector<std::string>* names, const std::string& name);
@@ -297,6 +306,14 @@ struct FileJournal {
     JournalTime time;
     std::optional<JournalCompaction> compaction;
     std::optional<Error> broken;  // after a sync that failed
+    uint64_t reserve = 0;         // bytes of the file that is given up when the disk is full
+    std::optional<Error> full;    // since then, until the reserve could be taken anew
+    uint64_t wanted_free = 0;     // on the disk, before that is tried
+    uint64_t spendable = 0;       // of what it gave, for outcomes; the rest is for deletions
+    uint64_t next_look_ns = 0;    // for room
+    std::atomic<uint64_t> free_bytes = UINT64_MAX;
+    mutable std::mutex failure_mutex;
+    std::optional<Error> failure;  // broken or full, for other threads
 
     // one commit
     std::string out;
@@ -333,6 +350,14 @@ struct FileJournal {
     void run();
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
+    Result<void> try_commit(std::vector<StoreChange>& changes, std::vector<Result<void>>* results);
+    void take_reserve();
+    uint64_t least_reserve() const {
+        return std::min(journal_least_reserve, options.segment_bytes / 32);
+    }
+    bool give_reserve(const Error& why);
+    void look_for_room();
+    void set_failure(const std::optional<Error>& why);
     void begin_commit();
     Result<void> append(uint16_t type, StoredResponse record = {});
     Result<void> add_to_commit(StoreChange& change);

@@ -23,7 +23,7 @@ class Folder;
 }
 
 /// What a Store keeps of one response, or of one conversation: that has an object alone, which may
-/// be replaced.
+/// be replaced; so may that of a record that is `kept`.
 struct StoredResponse {
     std::string id;
     std::string organisation;
@@ -31,6 +31,7 @@ struct StoredResponse {
     std::string fingerprint;  ///< of the request that reserved it
     bool background = false;
     bool conversation = false;  ///< is none of the responses that `list` tells of
+    bool kept = false;          ///< neither, and never terminal: it stays until it is erased
     bool terminal = false;
     uint32_t attempts = 0;                            ///< how often its work was begun
     int64_t created_at_ms = 0;                        ///< by Store::now_ms
@@ -65,7 +66,8 @@ public:
     virtual void add(StoredResponse record, StoreDone done) = 0;
     /// Work on it begins for the attempts-th time. Errors: not_found; io.
     virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
-    /// Makes it terminal; of a conversation, also the next object. Errors: not_found; overloaded; io.
+    /// Makes it terminal; of a conversation, also the next object; of what is kept, that alone.
+    /// Errors: not_found; overloaded; io.
     virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
                         int64_t now_ms, StoreDone done) = 0;
     /// Drops a record; with `tombstone` its reservation stays its time. Errors: not_found; io.
@@ -85,6 +87,11 @@ public:
     /// Drops what has been terminal for longer than the store keeps it. Called about once a minute.
     virtual void expire(int64_t now_ms) = 0;
     virtual uint64_t bytes() const = 0;  ///< that records take
+    virtual int64_t retention_ms() const { return int64_t{48} * 3600 * 1000; }  ///< see expire
+    /// That its disk had free of late. UINT64_MAX: unknown, or it has none.
+    virtual uint64_t free_bytes() const { return UINT64_MAX; }
+    /// Why new records are refused until that is mended; nothing: they are taken.
+    virtual std::optional<Error> failure() const { return std::nullopt; }
 };
 
 namespace detail {
@@ -139,6 +146,7 @@ public:
     ~MemoryStore() override;
     std::optional<StoredResponse> find(std::string_view organisation,
                                        const std::string& id) override;
+    int64_t retention_ms() const override;
 
 private:
     void change(detail::StoreChange change) override;
@@ -160,8 +168,9 @@ struct FileStoreOptions {
 /// Records in a directory: an append-only journal in files of segment_bytes, and an index in
 /// memory. What a StoreDone reported is on the disk. All that waits is synced at once. Deleted and
 /// expired texts are off the disk within a day, as long as expire() is called. After a sync that
-/// failed nothing is accepted any more; on a full disk changes fail with `overloaded`, reads go on.
-/// The directory takes up to twice max_bytes and two segments.
+/// failed nothing is accepted any more. On a full disk reads go on and new records fail with
+/// `overloaded` until there is room again; for deletions and what is unfinished a file `reserve` is
+/// given up. The directory takes up to twice max_bytes and three segments. Stack: 24 KiB.
 class VALAR_API FileStore : public detail::IndexedStore {
 public:
     /// Errors: io (also: held by another process), bad_data naming file and offset of damage,
@@ -170,12 +179,19 @@ public:
     static Result<std::unique_ptr<FileStore>> open(const FileStoreOptions& options,
                                                    std::unique_ptr<detail::Folder> folder);
     ~FileStore() override;  ///< after all that was asked for is done
+    /// Copies the store in the directory `from`, whatever process works on it, into `to`, which is
+    /// made or is empty, and opens the copy: it holds what was reported before this was called, and
+    /// takes so many bytes. Errors: as open; then nothing is left in `to`.
+    static Result<uint64_t> back_up(const std::string& from, const std::string& to);
     std::optional<StoredResponse> find(std::string_view organisation,
                                        const std::string& id) override;
     /// Without own_thread: does what was asked for and some upkeep. Not twice at once. True: more.
     bool step();
+    int64_t retention_ms() const override;
     int64_t now_ms() const override;  ///< goes on over a restart; time without power is left out
     uint64_t disk_bytes() const;      ///< of the journal's files
+    uint64_t free_bytes() const override;
+    std::optional<Error> failure() const override;
 
 private:
     struct State;

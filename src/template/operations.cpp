@@ -241,7 +241,7 @@ Value Renderer::attribute(const Value& v, std::string_view name, uint32_t node) 
     if (v.kind == Kind::undefined) return fail(what(v));
     if (const Builtin* method = find_method(v, name)) {
         Value made = make_kind(Kind::function, 0);
-        made.depth = uint16_t(v.depth + 1);
+        made.depth = uint16_t(v.depth + 16);  // as a loop
         made.object = std::make_shared<Bound>(Bound{v, method});
         return made;
     }

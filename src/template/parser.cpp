@@ -262,6 +262,24 @@ void Lexer::lexeme() {
 // node with many children, so that the tree is as deep as the source nests, no deeper. After the
 // first error the parser stands at the end of the lexemes, where all loops end.
 
+/// An operator between two operands. Those of one level chain from left to right; a higher level
+/// binds tighter.
+struct Operator {
+    const char* spelling;
+    uint8_t level;
+    Op op;
+};
+constexpr uint8_t negation_level = 2, comparison_level = 3;
+constexpr Operator operators[] = {
+    {"or", 0, Op::any},       {"and", 1, Op::all},          {"==", 3, Op::equal},
+    {"!=", 3, Op::not_equal}, {"<", 3, Op::less},           {"<=", 3, Op::less_equal},
+    {">", 3, Op::greater},    {">=", 3, Op::greater_equal}, {"in", 3, Op::in},
+    {"+", 4, Op::add},        {"-", 4, Op::subtract},       {"~", 5, Op::concat},
+    {"*", 6, Op::multiply},   {"//", 6, Op::floor_divide},  {"/", 6, Op::divide},
+    {"%", 6, Op::modulo},     {"**", 7, Op::power},
+};
+constexpr Operator not_in = {"not in", comparison_level, Op::not_in};
+
 class Parser {
 public:
     explicit Parser(TemplateProgram& program, std::vector<Lexeme> lexemes)
@@ -289,6 +307,7 @@ private:
     struct Nested {
         explicit Nested(Parser& parser) : parser_(parser) {
             if (++parser_.depth_ > ChatTemplate::max_nesting) parser_.fail("nested too deep");
+            else if (parser_.stack_.is_low()) parser_.fail(stack_too_small);
         }
         ~Nested() { --parser_.depth_; }
         Nested(const Nested&) = delete;
@@ -341,10 +360,10 @@ private:
 
     uint32_t expression(bool conditionals = true);
     uint32_t tuple(bool conditionals, bool parenthesised = false);
-    uint32_t logic(Op op);
+    const Operator* find_operator() const;
+    uint32_t operation(uint8_t level);
     uint32_t negation();
-    uint32_t comparison();
-    uint32_t arithmetic(size_t level);
+    uint32_t chain_of(uint8_t level, uint32_t begin, uint32_t first);
     uint32_t unary(bool filters);
     uint32_t primary();
     uint32_t word();
@@ -362,6 +381,7 @@ private:
     uint32_t chained(uint32_t line, const Ids& chain);
 
     TemplateProgram& p_;
+    const StackLimit stack_ = {};
     std::vector<Lexeme> lexemes_;
     std::unordered_map<std::string, uint32_t> name_ids_ = {};
     size_t at_ = 0;
@@ -664,9 +684,9 @@ uint32_t Parser::single_target(bool fields) {
 uint32_t Parser::expression(bool conditionals) {
     const Nested nested(*this);
     const uint32_t line = now().line;
-    uint32_t made = logic(Op::any);
+    uint32_t made = operation(0);
     while (conditionals && take_word("if")) {
-        const uint32_t condition = logic(Op::any);
+        const uint32_t condition = operation(0);
         const uint32_t otherwise = take_word("else") ? expression() : 0;
         made = node(Op::conditional, line, 0, {condition, made, otherwise});
     }
@@ -688,67 +708,47 @@ uint32_t Parser::tuple(bool conditionals, bool parenthesised) {
     return items.empty() ? fail("expected an expression") : items[0];
 }
 
-uint32_t Parser::logic(Op op) {
-    const uint32_t line = now().line;
-    const auto operand = [&] { return op == Op::any ? logic(Op::all) : negation(); };
-    Ids items = {operand()};
-    while (take_word(op == Op::any ? "or" : "and")) items.push_back(operand());
-    return items.size() == 1 ? items[0] : node(op, line, 0, items);
+/// The operator that stands here, or null.
+const Operator* Parser::find_operator() const {
+    const Lexeme& here = now();
+    if (here.type != Type::symbol && here.type != Type::name) return nullptr;
+    if (is_word("not")) return peek().type == Type::name && peek().text == "in" ? &not_in : nullptr;
+    for (const Operator& o : operators)
+        if (here.text == o.spelling) return &o;
+    return nullptr;
 }
 
-uint32_t Parser::negation() {
-    const uint32_t line = now().line;
-    if (!take_word("not")) return comparison();
-    const Nested nested(*this);
-    return node(Op::negation, line, 0, {negation()});
-}
-
-uint32_t Parser::comparison() {
-    static const struct {
-        const char* symbol;
-        Op op;
-    } operators[] = {{"==", Op::equal},      {"!=", Op::not_equal}, {"<", Op::less},
-                     {"<=", Op::less_equal}, {">", Op::greater},    {">=", Op::greater_equal}};
+/// Operands with operators of `level` and tighter ones between them: one loop for all levels, for a
+/// function of each would take its part of the stack at every parenthesis.
+uint32_t Parser::operation(uint8_t level) {
     const uint32_t begin = now().line;
-    Ids items = {arithmetic(0)};
+    uint32_t made = level <= negation_level && is_word("not") ? negation() : unary(true);
     for (;;) {
-        const uint32_t line = now().line;
-        Op op = Op::body;
-        for (const auto& o : operators)
-            if (take(o.symbol)) op = o.op;
-        if (op == Op::body && take_word("in")) op = Op::in;
-        if (op == Op::body && is_word("not") && peek().type == Type::name && peek().text == "in") {
-            next();
-            next();
-            op = Op::not_in;
-        }
-        if (op == Op::body) break;
-        items.push_back(node(op, line, 0, {arithmetic(0)}));
+        const Operator* const found = find_operator();
+        if (!found || found->level < level) return made;
+        made = chain_of(found->level, begin, made);
     }
-    return items.size() == 1 ? items[0] : node(Op::comparison, begin, 0, items);
 }
 
-uint32_t Parser::arithmetic(size_t level) {
-    static const struct {
-        const char* symbol;
-        size_t level;
-        Op op;
-    } operators[] = {{"+", 0, Op::add},      {"-", 0, Op::subtract},      {"~", 1, Op::concat},
-                     {"*", 2, Op::multiply}, {"//", 2, Op::floor_divide}, {"/", 2, Op::divide},
-                     {"%", 2, Op::modulo},   {"**", 3, Op::power}};
-    if (level == 4) return unary(true);
-    const uint32_t begin = now().line;
-    Ids chain = {arithmetic(level + 1)};
-    for (bool found = true; found;) {
-        found = false;
-        for (const auto& o : operators) {
-            const uint32_t line = now().line;
-            if (o.level != level || !take(o.symbol)) continue;
-            chain.push_back(node(o.op, line, 0, {arithmetic(level + 1)}));
-            found = true;
-        }
+VALAR_NOINLINE uint32_t Parser::negation() {
+    const Nested nested(*this);
+    const uint32_t line = next().line;
+    return node(Op::negation, line, 0, {operation(negation_level)});
+}
+
+/// `first` and what operators of just this level append.
+VALAR_NOINLINE uint32_t Parser::chain_of(uint8_t level, uint32_t begin, uint32_t first) {
+    Ids items = {first};
+    Op op = Op::chain;
+    for (const Operator* o; (o = find_operator()) && o->level == level;) {
+        const uint32_t line = next().line;
+        if (o == &not_in) next();
+        const uint32_t operand = operation(uint8_t(level + 1));
+        if (level < negation_level) op = o->op;
+        else if (level == comparison_level) op = Op::comparison;
+        items.push_back(level < negation_level ? operand : node(o->op, line, 0, {operand}));
     }
-    return chained(begin, chain);
+    return node(op, begin, 0, items);
 }
 
 uint32_t Parser::chained(uint32_t line, const Ids& chain) {
@@ -771,7 +771,7 @@ uint32_t Parser::unary(bool with_filters) {
     return chained(line, chain);
 }
 
-uint32_t Parser::primary() {
+VALAR_NOINLINE uint32_t Parser::primary() {
     switch (now().type) {
         case Type::name: return word();
         case Type::string: return string();
@@ -787,7 +787,7 @@ uint32_t Parser::primary() {
     return made;
 }
 
-uint32_t Parser::word() {
+VALAR_NOINLINE uint32_t Parser::word() {
     static const struct {
         const char* word;
         Kind kind;
@@ -868,7 +868,7 @@ uint32_t Parser::number() {
     return constant(make_int(value), lexeme.line);
 }
 
-uint32_t Parser::list() {
+VALAR_NOINLINE uint32_t Parser::list() {
     const uint32_t line = next().line;
     Ids items;
     while (!take("]") && now().type != Type::end) {
@@ -879,7 +879,7 @@ uint32_t Parser::list() {
     return node(Op::list, line, 0, items);
 }
 
-uint32_t Parser::dict() {
+VALAR_NOINLINE uint32_t Parser::dict() {
     const uint32_t line = next().line;
     Ids items;
     while (!take("}") && now().type != Type::end) {
@@ -907,7 +907,7 @@ bool Parser::postfix(Ids& chain) {
     return true;
 }
 
-bool Parser::filter_or_test(Ids& chain) {
+VALAR_NOINLINE bool Parser::filter_or_test(Ids& chain) {
     const uint32_t line = now().line;
     if (is("|")) {
         const Ids pipes = filters();

@@ -36,6 +36,7 @@ Value Renderer::raise(std::string_view words) {
 bool Renderer::charge_bytes(uint64_t bytes) {
     spent_ += bytes;
     if (spent_ > ChatTemplate::max_steps * ChatTemplate::bytes_per_step) fail("too many steps");
+    else if (stack_.is_low()) fail(stack_too_small);
     return !failed();
 }
 
@@ -273,6 +274,7 @@ Text text_of(std::string_view chars, bool request, bool content) {
 Value Renderer::from_json(const Json& json, bool request, Where where) {
     const Where inside = where == Where::elsewhere ? where : Where::messages;
     Value v;
+    if (stack_.is_low()) return fail(stack_too_small);
     switch (json.kind()) {
         case Json::Kind::null: v = make_none(); break;
         case Json::Kind::boolean: v = make_bool(json.as_bool()); break;
@@ -494,7 +496,7 @@ Flow Renderer::run_loop(const Place& place, Value items, uint32_t depth) {
     if (failed()) return Flow::next;
     const auto state = std::make_shared<Loop>(Loop{items, 0, place, depth, std::nullopt});
     Value loop = make_kind(Kind::loop, 0);
-    loop.depth = uint16_t(items.depth + 1);
+    loop.depth = uint16_t(items.depth + 16);  // its destructor calls that of the items
     loop.object = state;
     if (list_in(items).empty()) return execute_scope(children[4]);
     push_frame(place.frame);

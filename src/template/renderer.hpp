@@ -84,8 +84,8 @@ public:
     Value raise(std::string_view words);  // the template's own refusal
     bool failed() const { return error_.has_value(); }
     bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }
-    bool charge_bytes(uint64_t bytes);
-    bool room(uint64_t values);  // whether so many more may live at once
+    bool charge_bytes(uint64_t bytes);  // also sees the stack's end: whatever recurses has steps
+    bool room(uint64_t values);         // whether so many more may live at once
     bool room_for(uint64_t bytes);
 
     bool append(Text& out, std::string_view piece, bool request);
@@ -206,6 +206,7 @@ private:
                          bool request);
 
     const TemplateProgram& p_;
+    const StackLimit stack_ = {};
     uint64_t live_ = 0;  // bytes of the text and lists that were made; outlives them all
     uint64_t allowed_ = ChatTemplate::max_live_bytes;  // of those; more for a large request
     std::optional<Error> error_ = {};

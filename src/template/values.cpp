@@ -15,7 +15,38 @@ Value::Value(const Value&) = default;
 Value::Value(Value&&) noexcept = default;
 Value& Value::operator=(const Value&) = default;
 Value& Value::operator=(Value&&) noexcept = default;
-Value::~Value() = default;
+
+namespace {
+
+/// What else dies with `v`, and nests, comes to `waiting`.
+void take_nested(Value& v, List& waiting) {
+    const auto take = [&](Value& inner) {
+        if (inner.depth > 1) waiting.push_back(std::move(inner));
+    };
+    const bool is_dict = v.kind == Kind::dict;
+    if (v.depth > 2 && v.object.use_count() == 1 &&
+        (is_dict || is_list(v) || v.kind == Kind::iterator)) {
+        if (is_dict)
+            for (Entry& e : *static_cast<Dict*>(v.object.get())) take(e.value);
+        else
+            for (Value& item : *static_cast<List*>(v.object.get())) take(item);
+    }
+    v.depth = 0;
+}
+
+}  // namespace
+
+/// Lists in lists one after another: destructors in destructors would take as much stack as they nest.
+Value::~Value() {
+    if (depth < 3) return;
+    List waiting;
+    take_nested(*this, waiting);
+    while (!waiting.empty()) {
+        Value last = std::move(waiting.back());
+        waiting.pop_back();
+        take_nested(last, waiting);
+    }
+}
 
 Value make_text(Text text) {
     Value v;

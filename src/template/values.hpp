@@ -35,6 +35,8 @@ enum class Kind : uint8_t {
 /// What an iterator is: a generator gives its items once, a view of a dict gives them always.
 enum class View : uint8_t { generator, items, keys, values };
 
+inline constexpr const char* stack_too_small = "nested too deep for this thread's stack";
+
 struct Value {
     Value() = default;
     Value(const Value& other);  // these are long, and used in a thousand places: never inline

@@ -57,7 +57,7 @@ with tempfile.TemporaryDirectory() as folder:
     assert [list(line) for line in lines] == [list(r) for r in report["results"]], lines
     assert "prefill" in run() and "loaded after" in run("--prompt", "0", "--decode", "0", "--stream-mib", "0")
     assert "--columns" in run("--help")
-    for flags, word in ((["--columns", "0"], "--columns"), (["--depth", "1,x"], "1,x"),
-                        (["--model", os.path.join(folder, "none.gguf")], "none.gguf")):
-        error = run(*flags, status=1 if word != "1,x" else 2)
+    for flags, word, status in ((["--columns", "0"], "--columns", 2), (["--depth", "1,x"], "1,x", 2),
+                                (["--model", os.path.join(folder, "none.gguf")], "none.gguf", 1)):
+        error = run(*flags, status=status)
         assert word in error and error.count("\n") == 1, error

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -57,17 +58,21 @@ static valar::Request ask(const char* schema, double temperature, int64_t seed) 
 
 static double cpu_us() { return 1e6 * double(std::clock()) / CLOCKS_PER_SEC; }
 
-// CPU time of the batches behind the prompts, and what a token of theirs took.
+// CPU time of the batches behind the prompts, and the tokens that they made.
 struct Run {
     std::vector<double> steps;
-    double us_per_token = 0;
+    double tokens = 0;
+
+    void add(const Run& other) {
+        steps.insert(steps.end(), other.steps.begin(), other.steps.end());
+        tokens += other.tokens;
+    }
 };
 
 static Run run(valar::Engine& engine, const std::vector<valar::Request>& requests) {
     std::vector<valar::Reply> replies;
     for (const valar::Request& request : requests) replies.push_back(engine.submit(request));
     Run out;
-    double tokens = 0, sum = 0;
     const auto running = [&] {
         return std::count_if(replies.begin(), replies.end(),
                              [](const valar::Reply& r) { return !r.finished(); });
@@ -79,25 +84,31 @@ static Run run(valar::Engine& engine, const std::vector<valar::Request>& request
         const valar::ResponderStats now = stats();
         if (now.batches == last.batches) continue;
         const double us = cpu_us() - begin;
-        if (now.batch_rows - last.batch_rows < 40 && running() == int64_t(requests.size())) {
+        if (now.batch_rows - last.batch_rows < 40 && running() == int64_t(requests.size()))
             out.steps.push_back(us);
-            sum += us;
-        }
         last = now;
         begin = cpu_us();
     }
     for (const valar::Reply& reply : replies) {
         if (reply.outcome().error)
             std::exit((std::puts(reply.outcome().error->message.c_str()), 1));
-        tokens += double(reply.outcome().usage.output_tokens);
+        out.tokens += double(reply.outcome().usage.output_tokens);
     }
-    out.us_per_token = sum / tokens;
     return out;
 }
 
 static double share(std::vector<double> values, double part) {
     std::sort(values.begin(), values.end());
     return values[std::min(values.size() - 1, size_t(double(values.size()) * part))];
+}
+
+// Of a token, without the slowest twentieth of the steps: there others had the machine.
+static double us_per_token(Run run) {
+    std::sort(run.steps.begin(), run.steps.end());
+    const auto kept = run.steps.begin() + std::ptrdiff_t(run.steps.size() * 19 / 20);
+    const double mean = std::accumulate(run.steps.begin(), kept, 0.0) /
+                        double(kept - run.steps.begin());
+    return mean * double(run.steps.size()) / run.tokens;
 }
 
 int main(int argc, char** argv) {
@@ -115,31 +126,30 @@ int main(int argc, char** argv) {
                            Row{"unions and patterns, temperature 1", unions_schema, 1, false},
                            Row{"record with fixed keys, greedy", record_schema, 0, true}}) {
         valar::Engine engine = open(argv[1], row.speculation);
-        std::vector<double> ratios;
-        for (int pair = -1; pair < pairs; ++pair) {
-            double us[2];
+        Run runs[2];
+        for (int pair = -1; pair < pairs; ++pair)  // the first warms up
             for (int i = 0; i < 2; ++i) {
                 const int held = pair % 2 ? i : 1 - i;
-                us[held] = run(engine, {ask(held ? row.schema : nullptr, row.temperature, pair)})
-                               .us_per_token;
+                const Run made = run(engine,
+                                     {ask(held ? row.schema : nullptr, row.temperature, pair)});
+                if (pair >= 0) runs[held].add(made);
             }
-            if (pair >= 0) ratios.push_back(us[0] / us[1]);
-        }
-        std::printf("%-36s held %.3f times as fast as free (%.3f to %.3f)\n", row.name,
-                    share(ratios, 0.5), share(ratios, 0), share(ratios, 1));
+        const double us[] = {us_per_token(runs[0]), us_per_token(runs[1])};
+        std::printf("%-36s free %.0f us a token, held %.0f: %.3f times as fast\n", row.name, us[0],
+                    us[1], us[0] / us[1]);
     }
     valar::Engine engine = open(argv[1], false);
-    std::vector<double> free_steps, held_steps;
+    Run runs[2];
     for (int pair = -1; pair < pairs; ++pair)
         for (int i = 0; i < 2; ++i) {
-            const bool held = (pair % 2 != 0) == (i != 0);
+            const int held = pair % 2 ? i : 1 - i;
             std::vector<valar::Request> requests;
             for (int r = 0; r < 16; ++r)
                 requests.push_back(ask(held && r % 2 ? unions_schema : nullptr, 1, 100 * pair + r));
             const Run made = run(engine, requests);
-            auto& steps = held ? held_steps : free_steps;
-            if (pair >= 0) steps.insert(steps.end(), made.steps.begin(), made.steps.end());
+            if (pair >= 0) runs[held].add(made);
         }
+    const std::vector<double>&free_steps = runs[0].steps, &held_steps = runs[1].steps;
     std::printf(
         "step of 16 sequences, ms: free p50 %.2f p99 %.2f, 8 held p50 %.2f p99 %.2f (%.3f)\n",
         share(free_steps, 0.5) / 1000, share(free_steps, 0.99) / 1000,

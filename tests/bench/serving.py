@@ -8,6 +8,9 @@ The time to the first token is what the server's log says of each request: queue
 With --stream PAIRS instead: rounds of whole and of streamed answers in turn on one server. What streaming
 leaves of the throughput, how long after the engine's first token its event is at the client, and the
 gaps between events there. The clients are one Python process on the same cores.
+
+With --long TOKENS: rounds without and with one more client that asks prompts of so many tokens, one after
+the other, and how long the small ones then wait for their first token.
 """
 import argparse
 import http.client
@@ -31,6 +34,7 @@ parser.add_argument("--prompt", type=int, default=150)
 parser.add_argument("--answer", type=int, default=64)
 parser.add_argument("--precision", default="fast")
 parser.add_argument("--stream", type=int, default=0, metavar="PAIRS")
+parser.add_argument("--long", type=int, default=0, metavar="TOKENS")
 options = parser.parse_args()
 
 
@@ -49,6 +53,7 @@ def own_speed():
 
 
 def ask(link, words, chance):
+    """Its usage, with the response's id."""
     text = " ".join(chance.choice(WORDS) for _ in range(words))
     link.request("POST", "/v1/responses", json.dumps(
         {"model": "served", "input": text, "max_output_tokens": options.answer, "temperature": 0}),
@@ -56,7 +61,7 @@ def ask(link, words, chance):
     reply = link.getresponse()
     body = json.loads(reply.read())
     assert reply.status == 200, body
-    return body["usage"]
+    return body["usage"] | {"id": body["id"]}
 
 
 def ask_stream(link, words, chance):
@@ -100,7 +105,7 @@ def with_server(work, *flags):
     """What work(port, words) gives, and the log's lines of its requests."""
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
-            [options.server, "--model", options.model, "--threads", str(options.threads - 1),
+            [options.server, "--model", options.model, "--threads", str(options.threads),
              "--precision", options.precision, "--alias", "served", "--parallel", str(options.clients),
              "--port", "0", "--log-json", *flags], stdout=subprocess.PIPE, stderr=log, text=True)
         port = int(re.search(r":(\d+) ", server.stdout.readline())[1])
@@ -111,8 +116,8 @@ def with_server(work, *flags):
         server.terminate()
         server.wait()
         log.seek(0)
-        lines = [json.loads(line) for line in log if line.startswith("{")]
-    return made, lines[2:]
+        lines = [json.loads(line) for line in log]
+    return made, [line for line in lines if line.get("method") == "POST"][2:]
 
 
 def compare_streams(port, words):
@@ -127,16 +132,56 @@ def compare_streams(port, words):
     return pairs[1:]
 
 
+def first_tokens(lines):
+    """Milliseconds from a request to its first token, by the response's id."""
+    return {line["response"]: line["queue_ms"] + line["prefill_ms"] for line in lines if line.get("prefill_ms")}
+
+
+def at(values, part):
+    return values[min(len(values) - 1, int(len(values) * part))]
+
+
+def beside_long(port, words):
+    """The small ones' usages without and with a long prompt beside them, and how many of those there were."""
+    usages, long_ones = {False: [], True: []}, 0
+    for turn in range(7):
+        stop = threading.Event()
+
+        def ask_long(number):
+            nonlocal long_ones
+            chance, link = random.Random(number), http.client.HTTPConnection("127.0.0.1", port)
+            while not stop.is_set():
+                ask(link, round(words * options.long / options.prompt), chance)
+                long_ones += 1
+        other = threading.Thread(target=ask_long, args=(10_000 + 100 * turn,))
+        if turn % 2:
+            other.start()
+            time.sleep(0.2)
+        made = run_clients(port, words, 1000 * turn)[1]
+        stop.set()
+        if turn % 2:
+            other.join()
+        if turn:  # the first one warms up
+            usages[turn % 2 == 1] += made
+    return usages, long_ones
+
+
+def report_long():
+    (usages, long_ones), lines = with_server(beside_long)
+    engine = first_tokens(lines)
+    times = [sorted(engine[one["id"]] for one in usages[beside]) for beside in (False, True)]
+    for name, one in zip(("alone", f"beside {long_ones} of {options.long}"), times):
+        print(f"{options.clients} clients, first token {name}: {at(one, .5):.0f} ms (median), {at(one, .99):.0f} ms (p99)")
+    print(f"p99 {at(times[1], .99) / at(times[0], .99):.2f} times as long")
+
+
 def report_streams():
     pairs, lines = with_server(compare_streams, "--dialect", "openai")
-    engine = {line["response"]: line["queue_ms"] + line["prefill_ms"] for line in lines}
+    engine = first_tokens(lines)
     ratios = sorted(streamed / whole for whole, streamed, _ in pairs)
     streams = [one for _, _, usages in pairs for one in usages]
     late = sorted(one["times"][0] * 1e3 - engine[one["id"]] for one in streams)
     gaps = sorted((b - a) * 1e3 for one in streams for a, b in zip(one["times"], one["times"][1:]))
-
-    def at(values, part):
-        return values[min(len(values) - 1, int(len(values) * part))]
     print(f"{options.clients} clients, streamed: {statistics.median(ratios):.3f} of the whole answers' throughput "
           f"({ratios[0]:.3f} to {ratios[-1]:.3f} in {len(ratios)} pairs)")
     print(f"the first event comes {at(late, .5):.1f} ms after the engine's first token (median), "
@@ -145,8 +190,8 @@ def report_streams():
 
 WORDS = ("river stone amber field quiet lantern copper winter orchard signal harbour "
          "meadow thunder canvas pepper ladder saddle violet marble timber").split()
-if options.stream:
-    report_streams()
+if options.stream or options.long:
+    report_streams() if options.stream else report_long()
     raise SystemExit
 before = own_speed()
 (seconds, usages), lines = with_server(lambda port, words: run_clients(port, words, 1))

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "../http_peer.hpp"
+#include "server/loop.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace valar::detail;
@@ -18,5 +19,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         return std::min<size_t>(left, 1 + (random >> 24) % 16);
     };
     if (describe_http(bytes, side, limits, piece) != whole) std::abort();
+    // what a proxy says of its client, and a query for the log
+    HttpRequest request;
+    request.headers = {{"X-Forwarded-For", std::string(bytes)}, {"Forwarded", std::string(bytes)}};
+    const std::string client = server_client(request, true);
+    if (client != "-" && !NetAddress::parse(client, 0)) std::abort();
+    const std::string shown = server_shown_query(bytes, std::span(&server_limit, 1));
+    if (shown.size() > 2 * server_shown_bytes || shown.find_first_of("\n\"") != shown.npos)
+        std::abort();
     return 0;
 }

@@ -119,7 +119,7 @@ for (const [code, param, fields] of [
     ["integer_below_min_value", "max_output_tokens", { max_output_tokens: 0 }],
     ["invalid_type", "instructions", { instructions: 7 }],
     ["invalid_value", "input[0].role", { input: [{ role: "boss", content: "x" }] }],
-    ["unsupported_value", "tools[0].type", { tools: [{ type: "web_search" }] }],
+    ["unsupported_value", "tools[0].type", { tools: [{ type: "file_search" }] }],
 ]) {
     await refused(OpenAI.BadRequestError, 400, code, param,
                   () => client.responses.create({ model, input: "x", ...fields }));

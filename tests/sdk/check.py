@@ -246,7 +246,7 @@ for code, param, fields in [
     ("unsupported_value", "store", {"store": False}),
     ("unsupported_value", "include[0]", {"include": ["reasoning.encrypted_content"]}),
     ("unsupported_parameter", "previous_response_id", {"previous_response_id": "resp_1"}),
-    ("unsupported_value", "tools[0].type", {"tools": [{"type": "web_search"}]}),
+    ("unsupported_value", "tools[0].type", {"tools": [{"type": "file_search"}]}),
     ("invalid_value", "tool_choice", {"tool_choice": "required"}),
     ("unsupported_parameter", "input[0].content[0].type",
      {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]}),

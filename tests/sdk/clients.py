@@ -174,7 +174,7 @@ def instructor():
     asked = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": "Ann comes."}],
              "max_retries": 0, "response_model": Guest}
     modes = instructor.Mode
-    for mode in (modes.TOOLS, modes.TOOLS_STRICT, modes.JSON, modes.JSON_SCHEMA, modes.PARALLEL_TOOLS,
+    for mode in (modes.TOOLS, modes.TOOLS_STRICT, modes.JSON_SCHEMA, modes.PARALLEL_TOOLS,
                  modes.RESPONSES_TOOLS):
         request = dict(asked)
         if mode == modes.PARALLEL_TOOLS:

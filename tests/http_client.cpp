@@ -1,0 +1,548 @@
+// >>http as a client: which URLs and addresses may be called, and the calls.
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "http/client.hpp"
+
+using namespace valar;
+using namespace valar::detail;
+
+namespace {
+
+NetAddress address_of(const char* text) { return *NetAddress::parse(text, 80); }
+
+std::string read(std::string_view text) {
+    const auto url = http_parse_url(text);
+    if (!url) return "refused: " + url.error().message;
+    return std::string(url->tls ? "https " : "http ") + url->host + " " +
+           std::to_string(url->port) + " " + url->target + (url->address ? " address" : "");
+}
+
+}  // namespace
+
+TEST_CASE("urls: those that can be called") {
+    static constexpr struct {
+        const char *text, *found;
+    } cases[] = {
+        {"http://example.org", "http example.org 80 /"},
+        {"HTTPS://Example.ORG/", "https example.org 443 /"},
+        {"http://example.org:8080/a/b?c=d&e", "http example.org 8080 /a/b?c=d&e"},
+        {"http://example.org?c=d", "http example.org 80 /?c=d"},
+        {"http://example.org#part", "http example.org 80 /"},
+        {"http://example.org/a#part?x", "http example.org 80 /a"},
+        {"http://a-b.c_d.example:65535/%41/../x", "http a-b.c_d.example 65535 /%41/../x"},
+        {"http://xn--bcher-kva.example/", "http xn--bcher-kva.example 80 /"},
+        {"http://1.2.3.4.example/", "http 1.2.3.4.example 80 /"},
+        {"http://localhost:3000/hook", "http localhost 3000 /hook"},
+        {"http://93.184.216.34/a", "http 93.184.216.34 80 /a address"},
+        {"http://[2606:2800:220:1::248]:81/a", "http [2606:2800:220:1::248] 81 /a address"},
+        {"http://[2606:2800:0220:0001:0:0:0:0248]/", "http [2606:2800:220:1::248] 80 / address"},
+    };
+    for (const auto& one : cases) CHECK(read(one.text) == one.found);
+    CHECK(http_parse_url("http://a:80")->authority() == "a");
+    CHECK(http_parse_url("https://a:80")->authority() == "a:80");
+    CHECK(http_parse_url("http://[::1]:81")->authority() == "[::1]:81");
+    CHECK(http_parse_url("http://1.2.3.4:81")->address->text() == "1.2.3.4:81");
+}
+
+/// Each is refused by the parser, or, where it names an address, by the policy for the Internet.
+TEST_CASE("urls: hostile ones") {
+    static constexpr const char* cases[] = {
+        // IPv4 that is not of the Internet
+        "http://0.0.0.0/",
+        "http://0.1.2.3/",
+        "http://10.0.0.1/",
+        "http://10.255.255.255/",
+        "http://100.64.0.1/",
+        "http://100.127.255.254/",
+        "http://127.0.0.1/",
+        "http://127.0.0.1:80/",
+        "http://127.1.2.3/",
+        "http://127.255.255.254/",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://169.254.0.1/",
+        "http://172.16.0.1/",
+        "http://172.31.255.255/",
+        "http://192.0.0.1/",
+        "http://192.0.0.170/",
+        "http://192.0.2.1/",
+        "http://192.31.196.1/",
+        "http://192.52.193.1/",
+        "http://192.88.99.1/",
+        "http://192.168.0.1/",
+        "http://192.168.255.255/",
+        "http://192.175.48.1/",
+        "http://198.18.0.1/",
+        "http://198.19.255.255/",
+        "http://198.51.100.7/",
+        "http://203.0.113.9/",
+        "http://224.0.0.1/",
+        "http://239.255.255.255/",
+        "http://240.0.0.1/",
+        "http://255.255.255.255/",
+        // IPv6 that is not
+        "http://[::]/",
+        "http://[::1]/",
+        "http://[::1]:8080/",
+        "http://[0:0:0:0:0:0:0:1]/",
+        "http://[::2]/",
+        "http://[::127.0.0.1]/",
+        "http://[::8.8.8.8]/",
+        "http://[100::1]/",
+        "http://[fc00::1]/",
+        "http://[fd12:3456:789a::1]/",
+        "http://[fd00:ec2::254]/",
+        "http://[fe80::1]/",
+        "http://[febf::1]/",
+        "http://[fec0::1]/",
+        "http://[ff02::1]/",
+        "http://[ff0e::1]/",
+        "http://[2001:db8::1]/",
+        "http://[3fff::1]/",
+        "http://[3fff:fff::1]/",
+        "http://[2001:2::1]/",
+        "http://[2001:10::1]/",
+        "http://[2001:20::1]/",
+        "http://[2001:1ff::1]/",
+        "http://[2620:4f:8000::1]/",
+        "http://[4000::1]/",
+        "http://[5f00::1]/",
+        "http://[1fff::1]/",
+        "http://[64:ff9b:1::8.8.8.8]/",
+        "http://[64:ff9b:0:1::1]/",
+        // IPv4 inside IPv6
+        "http://[::ffff:127.0.0.1]/",
+        "http://[::ffff:7f00:1]/",
+        "http://[::ffff:10.0.0.1]/",
+        "http://[::ffff:169.254.169.254]/",
+        "http://[::ffff:192.168.1.1]/",
+        "http://[0:0:0:0:0:ffff:7f00:1]/",
+        "http://[::FFFF:0.0.0.0]/",
+        "http://[::ffff:0:127.0.0.1]/",
+        "http://[64:ff9b::127.0.0.1]/",
+        "http://[64:ff9b::10.1.2.3]/",
+        "http://[64:ff9b::a9fe:a9fe]/",
+        "http://[2002:7f00:1::]/",
+        "http://[2002:a00:1::1]/",
+        "http://[2002:a9fe:a9fe::]/",
+        "http://[2002:c0a8:101::1]/",
+        "http://[2001:0:4136:e378:8000:63bf:80ff:fffe]/",
+        "http://[2001::f5ff:fffe]/",
+        "http://[2001:0:1:2:3:4:3f57:fefe]/",
+        // IPv4 in odd spellings
+        "http://127.1/",
+        "http://127.0.1/",
+        "http://2130706433/",
+        "http://0x7f000001/",
+        "http://0x7f.0.0.1/",
+        "http://0X7F.1/",
+        "http://0177.0.0.1/",
+        "http://017700000001/",
+        "http://127.0.0.01/",
+        "http://127.000.000.001/",
+        "http://127.0.0.1./",
+        "http://256.1.1.1/",
+        "http://1.2.3/",
+        "http://1.2.3.4.5/",
+        "http://1.2.3.0x4/",
+        "http://00000010.1/",
+        "http://example.7/",
+        "http://example.0x7/",
+        "http://\xE2\x91\xA0\xE2\x91\xA1\xE2\x91\xA6.0.0.1/",  // circled digits
+        "http://\xEF\xBC\x91.1.1.1/",                          // a wide one
+        "http://127\xE3\x80\x82"
+        "0.0.1/",  // an ideographic full stop
+        // IPv6 in odd spellings
+        "http://[::1%25lo]/",
+        "http://[fe80::1%eth0]/",
+        "http://[v1.fe80]/",
+        "http://[::1/",
+        "http://::1/",
+        "http://::1]/",
+        "http://[[::1]]/",
+        "http://[]/",
+        "http://[127.0.0.1]/",
+        "http://[::1]x/",
+        "http://[::1].example/",
+        "http://x[::1]/",
+        "http://[localhost]/",
+        // who would be logged in, and readers that differ
+        "http://user@example.org/",
+        "http://user:pass@example.org/",
+        "http://example.org@127.0.0.1/",
+        "http://127.0.0.1:80@example.org/",
+        "http://example.org%40127.0.0.1/",
+        "http://@example.org/",
+        "http://example.org\\@127.0.0.1/",
+        "http:\\\\example.org/",
+        "http://example.org\\/",
+        "http://example.org/\\x",
+        "http://exa\tmple.org/",
+        "http://example.org/\n",
+        "http://example.org/ x",
+        "http://example.org/\r\nX-Injected: 1",
+        " http://example.org/",
+        "http://example.org /",
+        "http://ex\x01mple.org/",
+        "http://example.org/\x7F",
+        "http://%31%32%37.0.0.1/",
+        "http://127.0.0.1%00.example.org/",
+        "http://ex%61mple.org/",
+        "http://b\xC3\xBC"
+        "cher.example/",
+        // ports and names that are none
+        "http://example.org:0/",
+        "http://example.org:65536/",
+        "http://example.org:99999999999/",
+        "http://example.org:/",
+        "http://example.org:80x/",
+        "http://example.org:-1/",
+        "http://example.org:80:80/",
+        "http://:80/",
+        "http:///",
+        "http://",
+        "http:///example.org/",
+        "http://.example.org/",
+        "http://example..org/",
+        "http://example.org./",
+        "http://./",
+        "http://exa!mple.org/",
+        "http://exa*mple.org/",
+        "http://aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.example/",
+        // other schemes
+        "",
+        "/",
+        "example.org",
+        "//example.org/",
+        "ftp://example.org/",
+        "file:///etc/passwd",
+        "gopher://127.0.0.1:70/_x",
+        "unix:/run/x.sock",
+        "http+unix://%2Frun%2Fx/",
+        "data:,x",
+        "javascript:alert(1)",
+        "http:example.org",
+        "http:/example.org",
+        "ws://example.org/",
+        "httpss://example.org/",
+        "http ://example.org/",
+        "http\t://example.org/",
+    };
+    CHECK(std::size(cases) >= 120);
+    const NetPolicy policy{NetPolicy::Reach::global, {}};
+    for (const char* text : cases) {
+        const auto url = http_parse_url(text);
+        const bool called = url && !(url->address && !policy.allows(*url->address));
+        if (called) FAIL_CHECK(text << " would be called: " << read(text));
+    }
+    CHECK_FALSE(http_parse_url("http://example.org/" + std::string(8192, 'x')));
+    CHECK_FALSE(http_parse_url(std::string_view("http://example.org/\0", 20)));
+    // what it says shows nothing of what it was given
+    CHECK(http_parse_url("http://user:secret@x/").error().message.find("secret") ==
+          std::string::npos);
+}
+
+TEST_CASE("addresses: each block at its edges") {
+    static constexpr struct {
+        const char* address;
+        bool global;
+    } cases[] = {
+        {"1.0.0.0", true},
+        {"9.255.255.255", true},
+        {"11.0.0.0", true},
+        {"100.63.255.255", true},
+        {"100.128.0.0", true},
+        {"126.255.255.255", true},
+        {"128.0.0.0", true},
+        {"169.253.255.255", true},
+        {"169.255.0.0", true},
+        {"172.15.255.255", true},
+        {"172.32.0.0", true},
+        {"191.255.255.255", true},
+        {"192.0.1.0", true},
+        {"192.0.3.0", true},
+        {"192.167.255.255", true},
+        {"192.169.0.0", true},
+        {"198.17.255.255", true},
+        {"198.20.0.0", true},
+        {"203.0.112.255", true},
+        {"203.0.114.0", true},
+        {"223.255.255.255", true},
+        {"224.0.0.0", false},
+        {"::ffff:8.8.8.8", true},
+        {"64:ff9b::8.8.8.8", true},
+        {"2002:808:808::1", true},
+        {"2001:0:1:2:3:4:f7f7:f7f7", true},  // 8.8.8.8, flipped
+        {"2001:200::1", true},
+        {"2001:db7:ffff::", true},
+        {"2001:db9::", true},
+        {"2620:4f:7fff::", true},
+        {"2620:4f:8001::", true},
+        {"2a00:1450::1", true},
+        {"3ffe:ffff::", true},
+        {"3fff:1000::", true},
+        {"64:ff9a:ffff::8.8.8.8", false},
+        {"::fffe:8.8.8.8", false},
+        {"::1:ffff:8.8.8.8", false},
+    };
+    for (const auto& one : cases) {
+        INFO(one.address);
+        CHECK(net_is_global(address_of(one.address)) == one.global);
+    }
+}
+
+TEST_CASE("addresses: what a policy lets through") {
+    using Reach = NetPolicy::Reach;
+    const auto allows = [](Reach reach, const char* address, const char* own = nullptr) {
+        NetPolicy policy{reach, own ? address_of(own) : NetAddress()};
+        return policy.allows(address_of(address));
+    };
+    CHECK(allows(Reach::any, "10.0.0.1"));
+    CHECK(allows(Reach::any, "127.0.0.1", "127.0.0.1"));
+    CHECK(allows(Reach::loopback, "127.0.0.1"));
+    CHECK(allows(Reach::loopback, "::1"));
+    CHECK_FALSE(allows(Reach::loopback, "0.0.0.0"));
+    CHECK_FALSE(allows(Reach::loopback, "10.0.0.1"));
+    CHECK_FALSE(allows(Reach::loopback, "8.8.8.8"));
+    CHECK(allows(Reach::global, "8.8.8.8"));
+    CHECK_FALSE(allows(Reach::global, "127.0.0.1"));
+    // its own listener, by whatever address
+    CHECK_FALSE(allows(Reach::loopback, "127.0.0.1", "127.0.0.1"));
+    CHECK_FALSE(allows(Reach::loopback, "::ffff:127.0.0.1", "127.0.0.1"));
+    CHECK(allows(Reach::loopback, "127.0.0.2", "127.0.0.1"));
+    CHECK_FALSE(allows(Reach::loopback, "127.0.0.2", "0.0.0.0"));
+    CHECK_FALSE(allows(Reach::global, "8.8.8.8", "8.8.8.8"));
+    CHECK(allows(Reach::global, "8.8.8.8", "0.0.0.0"));
+    NetPolicy other{Reach::loopback, address_of("127.0.0.1")};
+    other.own.port = 81;
+    CHECK(other.allows(address_of("127.0.0.1")));
+}
+
+TEST_CASE("names are resolved by the system") {
+    const auto found = net_resolve("localhost", 81);
+    REQUIRE(found);
+    for (const NetAddress& address : *found) {
+        CHECK(address.is_loopback());
+        CHECK(address.port == 81);
+    }
+    CHECK(net_resolve("no-such-name.invalid", 80).error().kind == ErrorKind::io);
+}
+
+// -- calls ------------------------------------------------------------------------------------
+
+namespace {
+
+/// Answers every connection with the bytes given once a head is read, and then closes it, or, where
+/// `ends` is not set, keeps it.
+class Receiver {
+public:
+    explicit Receiver(std::string answer, bool ends = true)
+        : listener_(*Socket::listen(*NetAddress::parse("127.0.0.1", 0), 64)),
+          port(listener_.local()->port),
+          thread_([this, answer, ends] { run(answer, ends); }) {}
+    ~Receiver() {
+        over_ = true;
+        thread_.join();
+    }
+
+private:
+    void run(const std::string& answer, bool ends) {
+        std::vector<std::pair<Socket, std::string>> open;
+        while (!over_) {
+            std::pair<Socket, std::string> next;
+            NetAddress peer;
+            if (listener_.accept(&next.first, &peer) == IoStatus::done) {
+                ++connections;
+                open.push_back(std::move(next));
+            }
+            for (auto& [socket, read] : open) {
+                char bytes[4096];
+                const IoResult got = socket.is_open() ? socket.read(bytes, sizeof bytes)
+                                                      : IoResult();
+                if (got.status == IoStatus::closed) socket.close();
+                if (got.status != IoStatus::done) continue;
+                read.append(bytes, got.bytes);
+                if (read.find("\r\n\r\n") == read.npos) continue;
+                read.clear();
+                (void)socket.write(answer);
+                if (ends) socket.close();
+            }
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    }
+    std::atomic<bool> over_ = false;
+    Socket listener_;
+
+public:
+    std::atomic<int> connections = 0;
+    const uint16_t port;
+
+private:
+    std::thread thread_;
+};
+
+std::atomic<int> resolved = 0;
+
+/// "a.b.c" has the addresses of a, b and c.
+Result<std::vector<NetAddress>> resolve(const std::string& name, uint16_t port) {
+    ++resolved;
+    static const std::map<std::string, const char*> known = {
+        {"loopback", "127.0.0.1"},      {"nobody", "127.0.0.9"},         {"private", "10.0.0.1"},
+        {"mapped", "::ffff:127.0.0.1"}, {"metadata", "169.254.169.254"}, {"six", "::1"}};
+    std::vector<NetAddress> addresses;
+    for (std::string_view rest = name; !rest.empty();) {
+        const std::string_view label = rest.substr(0, rest.find('.'));
+        rest.remove_prefix(std::min(label.size() + 1, rest.size()));
+        if (label == "slow") std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        const auto found = known.find(std::string(label));
+        if (found != known.end()) addresses.push_back(*NetAddress::parse(found->second, port));
+    }
+    if (addresses.empty()) return make_error(ErrorKind::io, "cannot resolve '" + name + "'");
+    return addresses;
+}
+
+/// Makes calls and waits for their ends.
+struct Caller : HttpCaller {
+    Poller poller = *Poller::open();
+    std::optional<HttpClient> client;
+    std::map<uint64_t, Result<HttpReply>> ended;
+    Caller() { client.emplace(&poller, resolve); }
+    void on_reply(uint64_t call, Result<HttpReply> reply) override {
+        ended.emplace(call, std::move(reply));
+    }
+    void run(size_t calls) {
+        std::vector<PollEvent> events;
+        while (ended.size() < calls) {
+            client->step(monotonic_ns() / 1'000'000);
+            if (ended.size() >= calls) return;
+            REQUIRE(poller.wait(10, &events));
+            for (const PollEvent& event : events) client->on_event(event);
+        }
+    }
+    Result<HttpReply> ask(HttpErrand errand) {
+        const uint64_t call = client->start(std::move(errand), this);
+        CHECK(ended.count(call) == 0);  // never from start()
+        run(ended.size() + 1);
+        return std::move(ended.find(call)->second);
+    }
+};
+
+HttpErrand errand_to(const char* host, uint16_t port, const NetPolicy* policy = nullptr) {
+    HttpErrand errand;
+    errand.call.host = host;
+    errand.call.port = port;
+    errand.call.method = "POST";
+    errand.call.body = "{}";
+    errand.call.timeout_ms = 5000;
+    errand.call.max_reply_bytes = 1000;
+    errand.policy = policy;
+    return errand;
+}
+
+constexpr const char* accepted = "HTTP/1.1 204 No Content\r\n\r\n";
+
+}  // namespace
+
+TEST_CASE("http client: every address of a name is judged, and a judged one is dialled") {
+    Receiver receiver(accepted);
+    const NetPolicy global{NetPolicy::Reach::global, {}}, loopback{NetPolicy::Reach::loopback, {}};
+    Caller caller;
+    for (const char* host : {"loopback", "mapped", "private.metadata", "127.0.0.1", "[::1]",
+                             "[::ffff:127.0.0.1]", "six.loopback"}) {
+        const auto reply = caller.ask(errand_to(host, receiver.port, &global));
+        INFO(host);
+        REQUIRE_FALSE(reply);
+        CHECK(reply.error().kind == ErrorKind::permission);
+    }
+    CHECK(receiver.connections == 0);
+    resolved = 0;
+    CHECK(caller.ask(errand_to("private.loopback", receiver.port, &loopback))->status == 204);
+    CHECK(resolved == 1);  // what was judged is what is dialled
+    CHECK(receiver.connections == 1);
+    NetPolicy own = loopback;
+    own.own = *NetAddress::parse("127.0.0.1", receiver.port);
+    CHECK(caller.ask(errand_to("loopback", receiver.port, &own)).error().kind ==
+          ErrorKind::permission);
+    CHECK(receiver.connections == 1);
+}
+
+TEST_CASE("http client: where one address does not answer the next is tried") {
+    Receiver receiver(accepted);
+    Caller caller;
+    CHECK(caller.ask(errand_to("nobody.loopback", receiver.port))->status == 204);
+    CHECK(caller.ask(errand_to("nobody", receiver.port)).error().kind == ErrorKind::io);
+    CHECK(caller.ask(errand_to("unknown", receiver.port)).error().kind == ErrorKind::io);
+}
+
+TEST_CASE("http client: no redirect is followed") {
+    Receiver other(accepted);
+    Receiver receiver("HTTP/1.1 307 Temporary Redirect\r\nLocation: http://127.0.0.1:" +
+                      std::to_string(other.port) + "/\r\nContent-Length: 0\r\n\r\n");
+    Caller caller;
+    CHECK(caller.ask(errand_to("loopback", receiver.port))->status == 307);
+    CHECK(other.connections == 0);
+}
+
+TEST_CASE("http client: where the head is enough its body may be too long, broken or silent") {
+    const std::string big = "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" +
+                            std::string(4000, 'x');
+    const std::string endless = "HTTP/1.1 200 OK\r\n\r\n" + std::string(4000, 'x');
+    const std::string silent = "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx";
+    const std::string broken = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n";
+    for (const std::string& answer : {big, endless, silent, broken}) {
+        Receiver receiver(answer, false);
+        Caller caller;
+        HttpErrand errand = errand_to("loopback", receiver.port);
+        errand.call.timeout_ms = 200;
+        CHECK_FALSE(caller.ask(errand));
+        errand.head_is_enough = true;
+        const auto reply = caller.ask(errand);
+        REQUIRE(reply);
+        CHECK(reply->status == 200);
+        CHECK(reply->body.empty());
+    }
+    Receiver nothing("", false), cut("HTTP/1.1 2");
+    Caller caller;
+    for (const uint16_t port : {nothing.port, cut.port}) {
+        HttpErrand errand = errand_to("loopback", port);
+        errand.call.timeout_ms = 200;
+        errand.head_is_enough = true;
+        CHECK_FALSE(caller.ask(errand));
+    }
+}
+
+TEST_CASE("http client: a name that takes long holds up nothing but itself") {
+    Receiver receiver(accepted);
+    Caller caller;
+    HttpErrand slow = errand_to("slow.loopback", receiver.port);
+    slow.call.timeout_ms = 50;
+    const uint64_t first = caller.client->start(slow, &caller);
+    const uint64_t second = caller.client->start(errand_to("127.0.0.1", receiver.port), &caller);
+    caller.run(2);
+    CHECK(caller.ended.at(first).error().kind == ErrorKind::timeout);
+    CHECK(caller.ended.at(second)->status == 204);
+    // and its addresses, which come later, are nobody's
+    CHECK(caller.ask(errand_to("loopback", receiver.port))->status == 204);
+    // what is under way when the client ends is dropped
+    caller.client->start(errand_to("slow.loopback", receiver.port), &caller);
+    caller.client->step(monotonic_ns() / 1'000'000);
+    caller.client.reset();
+}
+
+TEST_CASE("http client: many calls at once") {
+    Receiver receiver("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");
+    Caller caller;
+    for (int i = 0; i < 64; ++i)
+        caller.client->start(errand_to(i % 2 ? "loopback" : "127.0.0.1", receiver.port), &caller);
+    caller.run(64);
+    for (const auto& [call, reply] : caller.ended) {
+        REQUIRE(reply);
+        CHECK(reply->body == "hi");
+    }
+}
