@@ -23,6 +23,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -153,7 +154,10 @@ struct ServerUsageCounters {
 };
 struct ServerUsageKey {
     std::string organisation, key, model, window;
-    auto operator<=>(const ServerUsageKey&) const = default;
+    bool operator<(const ServerUsageKey& other) const {  // libc++ 14 has no <=> of strings
+        return std::tie(organisation, key, model, window) <
+               std::tie(other.organisation, other.key, other.model, other.window);
+    }
 };
 struct ServerUsageHour {
     std::map<ServerUsageKey, ServerUsageCounters> rows = {};
