@@ -25,7 +25,7 @@ fi
 
 model=$(python3 examples/fetch_model.py)
 echo "model: $model"
-if [ ! -x server ] || [ -n "$(find valar.hpp examples/server.cpp examples/common.hpp -newer server)" ]; then
+if [ ! -x server ] || [ -n "$(find valar.hpp examples/server.cpp examples/*.hpp -newer server)" ]; then
     echo "compiling examples/server.cpp, about a minute"
     c++ -std=c++20 -O2 -pthread -I. examples/server.cpp -o server
 fi
