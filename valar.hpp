@@ -41189,6 +41189,21 @@ std::vector<uint32_t> count_window_pages(const ModelSpec& spec, uint32_t page_to
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
                           uint32_t page_tokens);
 
+/// About what a row of a batch takes, in multiplications: its products with the weights, and its
+/// attention to the keys it sees. Far into a long text that is several times what it is at its start.
+class RowCost {
+public:
+    explicit RowCost(const ModelSpec& spec);
+    uint64_t operator()(uint32_t position) const;
+    /// How many rows, from a position on, a budget has room for: at most `most`, and `fewest` of them
+    /// even where it has not. It loses what they cost.
+    uint32_t take(uint32_t from, uint32_t fewest, uint32_t most, uint64_t* budget) const;
+
+private:
+    uint64_t products_ = 0;
+    std::vector<std::pair<uint32_t, uint64_t>> keys_;  // what a key takes in the layers of a window
+};
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
@@ -41561,6 +41576,7 @@ namespace {
 // Where no limit is asked for, the system's: an eighth is left for all that a plan does not count.
 constexpr uint64_t kSpareMemory = 8;
 constexpr uint32_t kContextStep = 512;  // a default that is not the model's own is a multiple
+constexpr uint64_t kKeyCost = 2;  // of a multiplication with a key or value, in those with weights
 
 Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec,
                                   uint32_t context) {
@@ -41710,6 +41726,34 @@ std::vector<uint32_t> count_window_pages(const ModelSpec& spec, uint32_t page_to
     if (without) out.push_back(UINT32_MAX);
     if (widest) out.push_back((widest - 1) / std::max(page_tokens, 1u) + 1);
     return out;
+}
+
+RowCost::RowCost(const ModelSpec& spec) {
+    for (const LayerSpec& layer : spec.layers) {
+        const uint64_t heads = uint64_t{layer.n_heads} + layer.n_kv_heads,
+                       ffn = layer.n_ff + uint64_t{layer.experts.used} * layer.experts.n_ff;
+        products_ += spec.n_embd * (2 * heads * layer.head_dim + (layer.gated ? 3 : 2) * ffn);
+        const uint32_t window = layer.window ? layer.window : UINT32_MAX;
+        auto found = std::find_if(keys_.begin(), keys_.end(),
+                                  [&](const auto& keys) { return keys.first == window; });
+        if (found == keys_.end()) found = keys_.insert(found, {window, 0});
+        found->second += kKeyCost * 2 * layer.n_heads * layer.head_dim;
+    }
+}
+
+uint64_t RowCost::operator()(uint32_t position) const {
+    uint64_t out = products_;
+    for (const auto& [window, key] : keys_) out += std::min(position, window) * key;
+    return out;
+}
+
+uint32_t RowCost::take(uint32_t from, uint32_t fewest, uint32_t most, uint64_t* budget) const {
+    for (uint32_t rows = 0; rows < most; ++rows) {
+        const uint64_t row = (*this)(from + rows);
+        if (rows >= fewest && row > *budget) return rows;
+        *budget -= std::min(*budget, row);
+    }
+    return most;
 }
 
 }  // namespace detail
@@ -43504,8 +43548,8 @@ private:
     void sweep();
 
     void build_batch(uint64_t budget_ns);
-    uint32_t prompt_rows(bool answers, uint64_t budget_ns) const;
-    void share_prompt_rows(uint32_t budget);
+    uint64_t prompt_cost(bool answers, uint64_t budget_ns) const;
+    void share_prompt_rows(uint64_t cost);
     Sequence* next_prompt() const;
     bool computes_the_same(const Sequence& prompt) const;
     void draft(Sequence& sequence, uint32_t* spare);
@@ -43531,7 +43575,9 @@ private:
     size_t untaken_ = 0;                           // last of running, with logits of a done batch
     std::unordered_map<std::string, Turn> turns_;  // of those that wait or run
     uint64_t serve_clock_ = 0, ticket_clock_ = 0;
-    uint64_t batch_ns_ = 0, row_ns_ = 0;  // spent on the batch; about what a row takes
+    const RowCost row_cost_;
+    uint64_t batch_ns_ = 0, batch_cost_ = 0;  // spent on the batch; of its rows
+    double cost_ns_ = 0;                      // about what a unit of the cost takes
 };
 
 }  // namespace detail
@@ -43578,7 +43624,8 @@ Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
       answers_(model, desk),
       step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
       max_logit_rows_(sizes.max_logit_rows),
-      short_rope_tokens_(short_rope_tokens(model.spec())) {
+      short_rope_tokens_(short_rope_tokens(model.spec())),
+      row_cost_(model.spec()) {
     batch_.reserve(sizes.max_batch_rows);
     running_.reserve(options.max_running);
     desk_.count([&](ResponderStats& counts) { cache_.report(&counts); });
@@ -43630,7 +43677,8 @@ void Scheduler::compute(uint64_t deadline_ns) {
 }
 
 void Scheduler::end_batch() {
-    if (batch_.size() >= kMinPromptRows) row_ns_ = batch_ns_ / batch_.size();
+    if (batch_.size() >= kMinPromptRows)
+        cost_ns_ = static_cast<double>(batch_ns_) / static_cast<double>(batch_cost_);
     untaken_ = running_.size();
     desk_.count([&](ResponderStats& counts) {
         ++counts.batches;
@@ -43816,45 +43864,53 @@ void Scheduler::build_batch(uint64_t budget_ns) {
         draft(*sequence, &spare);
         sequence->rows = 1 + sequence->drafts.count;
     }
-    share_prompt_rows(prompt_rows(answers, budget_ns));
+    share_prompt_rows(prompt_cost(answers, budget_ns));
     for (size_t i = 0; i < running_.size(); ++i) reserve_pages(i);
     uint32_t logit_rows = 0;
     for (const SequencePtr& sequence : running_) add_rows(*sequence, &logit_rows);
     VALAR_ASSERT(logit_rows <= max_logit_rows_);
-    batch_ns_ = 0;
+    batch_ns_ = batch_cost_ = 0;
+    for (const BatchRow& row : batch_) batch_cost_ += row_cost_(row.position);
     // A batch that the backend refuses is our own mistake; advance() will fail as well.
     auto begun = backend_->begin(batch_);
     if (!begun) options_.log(LogLevel::error, begun.error().message);
 }
 
-// Prompt tokens for the next batch: less where it would take longer than the caller's budget, hold
-// up answers, or let those wait who come meanwhile.
-uint32_t Scheduler::prompt_rows(bool answers, uint64_t budget_ns) const {
+// What the next batch's prompt tokens may cost: less where they would take longer than the caller's
+// budget, hold up answers, or let those wait who come meanwhile.
+uint64_t Scheduler::prompt_cost(bool answers, uint64_t budget_ns) const {
     const uint64_t wait_ns = uint64_t{options_.max_wait_step_ms} * 1'000'000;
     const uint64_t target = std::min(
         {budget_ns, answers ? kMixedNs : kNoLimit, wait_ns ? wait_ns : kNoLimit});
-    if (target == kNoLimit) return step_tokens_;
-    const uint64_t fit = row_ns_ ? target / row_ns_ : 0;
-    return static_cast<uint32_t>(
-        std::clamp<uint64_t>(fit, std::min(kMinPromptRows, step_tokens_), step_tokens_));
+    if (target == kNoLimit) return kNoLimit;
+    return cost_ns_ > 0 ? static_cast<uint64_t>(static_cast<double>(target) / cost_ns_) : 0;
 }
 
-// A quarter goes to the first of the prompts, so that the long ones are read too.
-void Scheduler::share_prompt_rows(uint32_t budget) {
-    const auto give = [&](Sequence& prompt, uint32_t most) {
+// A quarter goes to the first of the prompts, so that the long ones are read too. By cost, not by rows:
+// far into a long text its quarter of the rows would take most of the time.
+void Scheduler::share_prompt_rows(uint64_t cost) {
+    uint32_t rows = step_tokens_, least = std::min(kMinPromptRows, step_tokens_);
+    const auto give = [&](Sequence& prompt, uint32_t fewest, uint32_t most, uint64_t* budget) {
         VALAR_ASSERT(prompt.rows <= prompt.left());
-        const uint32_t rows = std::min(prompt.left() - prompt.rows, most);
-        prompt.rows += rows;
-        budget -= rows;
+        const uint32_t given = row_cost_.take(prompt.computed + prompt.rows, fewest,
+                                              std::min(most, prompt.left() - prompt.rows), budget);
+        prompt.rows += given;
+        rows -= given;
+        least -= std::min(least, given);
+        return given > 0;
     };
     const auto first = std::find_if(
         running_.begin(), running_.end(),
         [](const SequencePtr& sequence) { return sequence->rows == 0; });
-    if (first != running_.end()) give(**first, std::max(budget / 4, 1u));
-    while (budget > 0) {
+    if (first != running_.end()) {
+        uint64_t quarter = cost / 4;
+        cost -= quarter;
+        give(**first, 1, std::max(rows / 4, 1u), &quarter);
+        cost += quarter;
+    }
+    while (rows > 0) {
         Sequence* next = next_prompt();
-        if (!next) break;
-        give(*next, budget);
+        if (!next || !give(*next, least, rows, &cost)) break;
     }
 }
 

@@ -1236,6 +1236,39 @@ TEST_CASE("who comes while a long prompt is read waits for a part of it") {
     CHECK(parts.second == whole.second);
 }
 
+TEST_CASE("a row costs more the more keys it sees, and shares of a batch go by what rows cost") {
+    ModelSpec spec = open_tiny(tiny_options()).spec();
+    const detail::RowCost cost(spec);
+    uint64_t key = 0, products = 0;
+    for (const LayerSpec& layer : spec.layers) {
+        const uint64_t q = layer.n_heads * layer.head_dim, kv = layer.n_kv_heads * layer.head_dim;
+        products += spec.n_embd * (q + kv + kv + q + 3ull * layer.n_ff);
+        key += 2 * q;
+    }
+    CHECK(cost(0) == products);
+    CHECK(cost(1000) > products + 1000 * key / 2);
+    CHECK(cost(3000) - cost(2000) == cost(1000) - cost(0));
+
+    for (LayerSpec& layer : spec.layers) layer.window = 40;
+    CHECK(detail::RowCost(spec)(40) == cost(40));
+    CHECK(detail::RowCost(spec)(1000) == cost(40));
+    spec.layers[0].window = 0;
+    CHECK(detail::RowCost(spec)(1000) > cost(40));
+    CHECK(detail::RowCost(spec)(1000) < cost(1000));
+
+    uint64_t far = 0;
+    for (uint32_t i = 0; i < 8; ++i) far += cost(5000 + i);
+    uint64_t budget = far;
+    CHECK(cost.take(5000, 0, 100, &budget) == 8);
+    CHECK(budget == 0);
+    CHECK(cost.take(5000, 3, 100, &budget) == 3);  // without a budget
+    CHECK(cost.take(5000, 3, 2, &budget) == 2);
+    budget = far;
+    CHECK(cost.take(0, 0, 1000, &budget) > 16);  // at the start of a text it is enough for more
+    budget = UINT64_MAX;
+    CHECK(cost.take(5000, 0, 77, &budget) == 77);
+}
+
 TEST_CASE("layers with windows give back the pages that they no longer see") {
     EngineOptions options = tiny_options();
     options.model_bytes = windowed_bytes();

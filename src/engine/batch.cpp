@@ -35,45 +35,53 @@ void Scheduler::build_batch(uint64_t budget_ns) {
         draft(*sequence, &spare);
         sequence->rows = 1 + sequence->drafts.count;
     }
-    share_prompt_rows(prompt_rows(answers, budget_ns));
+    share_prompt_rows(prompt_cost(answers, budget_ns));
     for (size_t i = 0; i < running_.size(); ++i) reserve_pages(i);
     uint32_t logit_rows = 0;
     for (const SequencePtr& sequence : running_) add_rows(*sequence, &logit_rows);
     VALAR_ASSERT(logit_rows <= max_logit_rows_);
-    batch_ns_ = 0;
+    batch_ns_ = batch_cost_ = 0;
+    for (const BatchRow& row : batch_) batch_cost_ += row_cost_(row.position);
     // A batch that the backend refuses is our own mistake; advance() will fail as well.
     auto begun = backend_->begin(batch_);
     if (!begun) options_.log(LogLevel::error, begun.error().message);
 }
 
-// Prompt tokens for the next batch: less where it would take longer than the caller's budget, hold
-// up answers, or let those wait who come meanwhile.
-uint32_t Scheduler::prompt_rows(bool answers, uint64_t budget_ns) const {
+// What the next batch's prompt tokens may cost: less where they would take longer than the caller's
+// budget, hold up answers, or let those wait who come meanwhile.
+uint64_t Scheduler::prompt_cost(bool answers, uint64_t budget_ns) const {
     const uint64_t wait_ns = uint64_t{options_.max_wait_step_ms} * 1'000'000;
     const uint64_t target = std::min(
         {budget_ns, answers ? kMixedNs : kNoLimit, wait_ns ? wait_ns : kNoLimit});
-    if (target == kNoLimit) return step_tokens_;
-    const uint64_t fit = row_ns_ ? target / row_ns_ : 0;
-    return static_cast<uint32_t>(
-        std::clamp<uint64_t>(fit, std::min(kMinPromptRows, step_tokens_), step_tokens_));
+    if (target == kNoLimit) return kNoLimit;
+    return cost_ns_ > 0 ? static_cast<uint64_t>(static_cast<double>(target) / cost_ns_) : 0;
 }
 
-// A quarter goes to the first of the prompts, so that the long ones are read too.
-void Scheduler::share_prompt_rows(uint32_t budget) {
-    const auto give = [&](Sequence& prompt, uint32_t most) {
+// A quarter goes to the first of the prompts, so that the long ones are read too. By cost, not by rows:
+// far into a long text its quarter of the rows would take most of the time.
+void Scheduler::share_prompt_rows(uint64_t cost) {
+    uint32_t rows = step_tokens_, least = std::min(kMinPromptRows, step_tokens_);
+    const auto give = [&](Sequence& prompt, uint32_t fewest, uint32_t most, uint64_t* budget) {
         VALAR_ASSERT(prompt.rows <= prompt.left());
-        const uint32_t rows = std::min(prompt.left() - prompt.rows, most);
-        prompt.rows += rows;
-        budget -= rows;
+        const uint32_t given = row_cost_.take(prompt.computed + prompt.rows, fewest,
+                                              std::min(most, prompt.left() - prompt.rows), budget);
+        prompt.rows += given;
+        rows -= given;
+        least -= std::min(least, given);
+        return given > 0;
     };
     const auto first = std::find_if(
         running_.begin(), running_.end(),
         [](const SequencePtr& sequence) { return sequence->rows == 0; });
-    if (first != running_.end()) give(**first, std::max(budget / 4, 1u));
-    while (budget > 0) {
+    if (first != running_.end()) {
+        uint64_t quarter = cost / 4;
+        cost -= quarter;
+        give(**first, 1, std::max(rows / 4, 1u), &quarter);
+        cost += quarter;
+    }
+    while (rows > 0) {
         Sequence* next = next_prompt();
-        if (!next) break;
-        give(*next, budget);
+        if (!next || !give(*next, least, rows, &cost)) break;
     }
 }
 

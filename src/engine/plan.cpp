@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifndef VALAR_NO_INFERENCE
@@ -20,6 +21,7 @@ namespace {
 // Where no limit is asked for, the system's: an eighth is left for all that a plan does not count.
 constexpr uint64_t kSpareMemory = 8;
 constexpr uint32_t kContextStep = 512;  // a default that is not the model's own is a multiple
+constexpr uint64_t kKeyCost = 2;  // of a multiplication with a key or value, in those with weights
 
 Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec,
                                   uint32_t context) {
@@ -169,6 +171,34 @@ std::vector<uint32_t> count_window_pages(const ModelSpec& spec, uint32_t page_to
     if (without) out.push_back(UINT32_MAX);
     if (widest) out.push_back((widest - 1) / std::max(page_tokens, 1u) + 1);
     return out;
+}
+
+RowCost::RowCost(const ModelSpec& spec) {
+    for (const LayerSpec& layer : spec.layers) {
+        const uint64_t heads = uint64_t{layer.n_heads} + layer.n_kv_heads,
+                       ffn = layer.n_ff + uint64_t{layer.experts.used} * layer.experts.n_ff;
+        products_ += spec.n_embd * (2 * heads * layer.head_dim + (layer.gated ? 3 : 2) * ffn);
+        const uint32_t window = layer.window ? layer.window : UINT32_MAX;
+        auto found = std::find_if(keys_.begin(), keys_.end(),
+                                  [&](const auto& keys) { return keys.first == window; });
+        if (found == keys_.end()) found = keys_.insert(found, {window, 0});
+        found->second += kKeyCost * 2 * layer.n_heads * layer.head_dim;
+    }
+}
+
+uint64_t RowCost::operator()(uint32_t position) const {
+    uint64_t out = products_;
+    for (const auto& [window, key] : keys_) out += std::min(position, window) * key;
+    return out;
+}
+
+uint32_t RowCost::take(uint32_t from, uint32_t fewest, uint32_t most, uint64_t* budget) const {
+    for (uint32_t rows = 0; rows < most; ++rows) {
+        const uint64_t row = (*this)(from + rows);
+        if (rows >= fewest && row > *budget) return rows;
+        *budget -= std::min(*budget, row);
+    }
+    return most;
 }
 
 }  // namespace detail

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace valar {
@@ -32,6 +33,21 @@ std::vector<uint32_t> count_window_pages(const ModelSpec& spec, uint32_t page_to
 /// windows, those that they reach from a batch's first row, and the batch's.
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
                           uint32_t page_tokens);
+
+/// About what a row of a batch takes, in multiplications: its products with the weights, and its
+/// attention to the keys it sees. Far into a long text that is several times what it is at its start.
+class RowCost {
+public:
+    explicit RowCost(const ModelSpec& spec);
+    uint64_t operator()(uint32_t position) const;
+    /// How many rows, from a position on, a budget has room for: at most `most`, and `fewest` of them
+    /// even where it has not. It loses what they cost.
+    uint32_t take(uint32_t from, uint32_t fewest, uint32_t most, uint64_t* budget) const;
+
+private:
+    uint64_t products_ = 0;
+    std::vector<std::pair<uint32_t, uint64_t>> keys_;  // what a key takes in the layers of a window
+};
 
 }  // namespace detail
 }  // namespace v1

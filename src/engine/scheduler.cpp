@@ -49,7 +49,8 @@ Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
       answers_(model, desk),
       step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
       max_logit_rows_(sizes.max_logit_rows),
-      short_rope_tokens_(short_rope_tokens(model.spec())) {
+      short_rope_tokens_(short_rope_tokens(model.spec())),
+      row_cost_(model.spec()) {
     batch_.reserve(sizes.max_batch_rows);
     running_.reserve(options.max_running);
     desk_.count([&](ResponderStats& counts) { cache_.report(&counts); });
@@ -101,7 +102,8 @@ void Scheduler::compute(uint64_t deadline_ns) {
 }
 
 void Scheduler::end_batch() {
-    if (batch_.size() >= kMinPromptRows) row_ns_ = batch_ns_ / batch_.size();
+    if (batch_.size() >= kMinPromptRows)
+        cost_ns_ = static_cast<double>(batch_ns_) / static_cast<double>(batch_cost_);
     untaken_ = running_.size();
     desk_.count([&](ResponderStats& counts) {
         ++counts.batches;

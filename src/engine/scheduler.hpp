@@ -1,6 +1,7 @@
 #pragma once
 
 #include "engine/answer.hpp"
+#include "engine/plan.hpp"
 #include "engine/prefix_cache.hpp"
 
 #include <cstddef>
@@ -50,8 +51,8 @@ private:
     void sweep();
 
     void build_batch(uint64_t budget_ns);
-    uint32_t prompt_rows(bool answers, uint64_t budget_ns) const;
-    void share_prompt_rows(uint32_t budget);
+    uint64_t prompt_cost(bool answers, uint64_t budget_ns) const;
+    void share_prompt_rows(uint64_t cost);
     Sequence* next_prompt() const;
     bool computes_the_same(const Sequence& prompt) const;
     void draft(Sequence& sequence, uint32_t* spare);
@@ -77,7 +78,9 @@ private:
     size_t untaken_ = 0;                           // last of running, with logits of a done batch
     std::unordered_map<std::string, Turn> turns_;  // of those that wait or run
     uint64_t serve_clock_ = 0, ticket_clock_ = 0;
-    uint64_t batch_ns_ = 0, row_ns_ = 0;  // spent on the batch; about what a row takes
+    const RowCost row_cost_;
+    uint64_t batch_ns_ = 0, batch_cost_ = 0;  // spent on the batch; of its rows
+    double cost_ns_ = 0;                      // about what a unit of the cost takes
 };
 
 }  // namespace detail
