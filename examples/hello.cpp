@@ -1,9 +1,11 @@
 // hello: loads a model, asks one question, prints the answer as it comes.
 //
 //     c++ -std=c++20 -O2 -pthread -I. examples/hello.cpp -o hello && ./hello "Tell me a joke."
+#ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
 #define VALAR_NO_SERVER  // what a program does not use it need not compile
 #define VALAR_NO_STORE
+#endif
 #include "valar.hpp"
 
 #include "common.hpp"
