@@ -46195,7 +46195,7 @@ constexpr HttpPhaseLimit http_phase_limits[] = {
     {HttpPhase::linger, &HttpOptions::linger_timeout_ms},
 };
 
-/// What a connection needs only while it is not idle.
+/// What a connection needs only while bytes of it are here.
 struct HttpActive {
     explicit HttpActive(const HttpLimits* limits) : parser(limits) {}
     HttpParser parser;
@@ -46203,8 +46203,6 @@ struct HttpActive {
     std::string head, body;
     size_t sent = 0;
     bool blocked = false;  // the socket took no more: wait until it does
-    bool begun = false;    // the reply comes in pieces, and is not ended
-    bool unsent = false;   // is in the list of connections to be written to
     // Of a begun reply http_write_bytes or more stood unsent: who appends may wait for them, and they
     // have to be gone by then.
     uint64_t full_until = http_never;
@@ -46221,6 +46219,8 @@ struct HttpConnection {
     bool peer_closed = false;
     bool fresh = true;         // asked nothing yet
     bool turned_away = false;  // answered before it asked: there was no room
+    bool begun = false;        // the reply comes in pieces, and is not ended
+    bool unsent = false;       // is in the list of connections to be written to
     uint64_t id = 0;
     uint64_t exchange = 0;    // accepted by on_head, neither answered nor closed
     uint64_t body_bytes = 0;  // counted against max_inflight_body_bytes
@@ -46306,6 +46306,8 @@ struct HttpServer::State {
     void drop(HttpConnection& connection);
     HttpConnection* find(uint64_t id);
     HttpSlot& slot(const HttpConnection& connection);
+    HttpActive& active_of(HttpConnection& connection);
+    void let_go(HttpConnection& connection);
 
     void on_event(const PollEvent& event);
     void on_readable(HttpConnection& connection);
@@ -46387,7 +46389,7 @@ void HttpServer::end(uint64_t exchange) {
 }
 size_t HttpServer::unsent(uint64_t exchange) const {
     const HttpConnection* connection = state_->find_begun(exchange);
-    if (!connection) return 0;
+    if (!connection || !connection->active) return 0;
     const HttpActive& active = *connection->active;
     return active.head.size() + active.body.size() - active.sent;
 }
@@ -46654,6 +46656,19 @@ HttpConnection* HttpServer::State::find(uint64_t id) {
     return connection;
 }
 
+HttpActive& HttpServer::State::active_of(HttpConnection& connection) {
+    if (!connection.active) connection.active = std::make_unique<HttpActive>(&options.limits);
+    return *connection.active;
+}
+
+/// Of all but what came of the next request.
+void HttpServer::State::let_go(HttpConnection& connection) {
+    if (!connection.active) return;
+    const std::string input = std::move(connection.active->input);
+    connection.active.reset();
+    if (!input.empty()) active_of(connection).input = input;
+}
+
 void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     connection.phase = phase;
     connection.window = 0;
@@ -46665,7 +46680,7 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
         if (row.phase == phase) entry.deadline = now + options.*row.limit;
     if (phase == HttpPhase::idle && drain_until != http_never)
         entry.deadline = std::min(drain_until, now + http_goodbye_ms);
-    if (phase == HttpPhase::reply && connection.active->begun)
+    if (phase == HttpPhase::reply && connection.begun)
         entry.deadline = std::min(entry.deadline, connection.active->full_until);
     next_timer = std::min(next_timer, entry.deadline);
     watch(connection);
@@ -46707,9 +46722,9 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
         case HttpPhase::work:
         case HttpPhase::reply:
         case HttpPhase::stream:
-        case HttpPhase::queued: connection.active->input.append(bytes); return watch(connection);
+        case HttpPhase::queued: active_of(connection).input.append(bytes); return watch(connection);
         case HttpPhase::idle:
-            connection.active = std::make_unique<HttpActive>(&options.limits);
+            active_of(connection);
             enter(connection, HttpPhase::head);
             break;
         default: break;
@@ -46720,7 +46735,7 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
 /// The client sends no more. While a whole reply is on its way it may still be reading; told twice,
 /// the connection is broken (or WSAPoll repeats itself, which cannot be silenced).
 void HttpServer::State::on_end(HttpConnection& connection) {
-    const bool answered = connection.phase == HttpPhase::reply && !connection.active->begun;
+    const bool answered = connection.phase == HttpPhase::reply && !connection.begun;
     if (!answered || connection.peer_closed) return drop(connection);
     connection.peer_closed = true;
     watch(connection);
@@ -46802,7 +46817,7 @@ void HttpServer::State::send_continue(HttpConnection& connection) {
 
 void HttpServer::State::deliver(HttpConnection& connection) {
     HttpRequest request = std::move(connection.active->parser.message);
-    connection.active->parser.reset();
+    let_go(connection);
     enter(connection, HttpPhase::work);
     handler->on_request(std::move(request));
 }
@@ -46846,28 +46861,26 @@ void HttpServer::State::send(HttpConnection& connection, HttpReply reply) {
 
 void HttpServer::State::start_reply(HttpConnection& connection, HttpReply reply, bool in_pieces) {
     release_body(connection);
-    HttpActive& active = *connection.active;
-    active.parser.reset();
+    let_go(connection);
+    HttpActive& active = active_of(connection);
     connection.keep_alive &= !reply.close && drain_until == http_never &&
                              !(in_pieces && connection.http_1_0);
     active.head = render(connection, reply, !connection.keep_alive, in_pieces);
     const bool bodiless = connection.head_only || reply.status == 204 || reply.status == 304;
     active.body = bodiless || in_pieces ? std::string() : std::move(reply.body);
-    active.sent = 0;
-    active.blocked = false;
-    active.begun = in_pieces;
+    connection.begun = in_pieces;
     enter(connection, HttpPhase::reply);
     if (in_pieces) append(connection, reply.body);
 }
 
 HttpConnection* HttpServer::State::find_begun(uint64_t exchange) {
     HttpConnection* connection = find(exchange);
-    return connection && connection->active && connection->active->begun ? connection : nullptr;
+    return connection && connection->begun ? connection : nullptr;
 }
 
 /// As one chunk (RFC 9112, section 7.1); it is written when the turn ends.
 void HttpServer::State::append(HttpConnection& connection, std::string_view bytes) {
-    HttpActive& active = *connection.active;
+    HttpActive& active = active_of(connection);
     const bool chunked = !connection.http_1_0;
     if (!connection.head_only && !bytes.empty()) {
         if (chunked) active.body += format("%zx\r\n", bytes.size());
@@ -46877,13 +46890,13 @@ void HttpServer::State::append(HttpConnection& connection, std::string_view byte
     const size_t left = active.head.size() + active.body.size() - active.sent;
     if (left >= http_write_bytes && active.full_until == http_never)
         active.full_until = now + options.write_timeout_ms;
-    if (!std::exchange(active.unsent, true)) unsent.push_back(connection.id);
+    if (!std::exchange(connection.unsent, true)) unsent.push_back(connection.id);
 }
 
 void HttpServer::State::end(HttpConnection& connection) {
     append(connection, {});
     if (!connection.head_only && !connection.http_1_0) connection.active->body += "0\r\n\r\n";
-    connection.active->begun = false;
+    connection.begun = false;
     connection.exchange = 0;
 }
 
@@ -46892,9 +46905,8 @@ void HttpServer::State::flush_unsent() {
     ids.swap(unsent);
     for (const uint64_t id : ids) {
         HttpConnection* connection = find(id);
-        if (!connection) continue;
-        connection->active->unsent = false;
-        if (!connection->active->blocked) flush(*connection);
+        if (!connection || !std::exchange(connection->unsent, false)) continue;
+        if (connection->active && !connection->active->blocked) flush(*connection);
     }
 }
 
@@ -46908,7 +46920,8 @@ void HttpServer::State::flush(HttpConnection& connection) {
     active.sent += sent.bytes;
     if (active.sent == head.size() + body.size()) return finish(connection);
     active.blocked = true;
-    if (active.begun && active.sent > head.size() + http_kept_bytes) {  // may never come to an end
+    if (connection.begun &&
+        active.sent > head.size() + http_kept_bytes) {  // may never come to an end
         active.body.erase(0, active.sent - head.size());
         active.head.clear();
         active.sent = 0;
@@ -46919,27 +46932,23 @@ void HttpServer::State::flush(HttpConnection& connection) {
 }
 
 void HttpServer::State::finish(HttpConnection& connection) {
-    if (connection.active->begun) return await_piece(connection);
+    if (connection.begun) return await_piece(connection);
     if (connection.peer_closed) return drop(connection);
     if (!connection.keep_alive) {
         connection.socket.shutdown_write();
         return enter(connection, HttpPhase::linger);
     }
-    if (connection.active->input.empty()) return enter(connection, HttpPhase::idle);
-    connection.active->head.clear();
-    connection.active->body.clear();
+    let_go(connection);
+    if (!connection.active) return enter(connection, HttpPhase::idle);
     enter(connection, HttpPhase::queued);
     queue.push_back(connection.id);
 }
 
 /// All is sent that there is. What a slow client had let grow is given back.
 void HttpServer::State::await_piece(HttpConnection& connection) {
-    HttpActive& active = *connection.active;
-    const bool full = std::exchange(active.full_until, http_never) != http_never;
-    const bool waited_for = std::exchange(active.blocked, false) || full;
-    active.head = std::string();
-    active.body = std::string();
-    active.sent = 0;
+    const HttpActive& active = *connection.active;
+    const bool waited_for = active.blocked || active.full_until != http_never;
+    let_go(connection);
     enter(connection, HttpPhase::stream);
     if (waited_for) handler->on_sent(connection.exchange);
 }
@@ -47418,7 +47427,7 @@ private:
 
     std::unordered_map<std::string, StoreEntry> entries_;  // its nodes stay put
     std::map<std::pair<std::string, std::string>, const StoreEntry*> reserved_;
-    std::map<std::pair<std::string, uint64_t>, const StoreEntry*> arrivals_;
+    std::map<std::string, std::map<uint64_t, const StoreEntry*>> arrivals_;  // by serial
     Aged ended_;
     uint64_t bytes_ = 0;
 };
@@ -47517,7 +47526,7 @@ namespace detail {
 void StoreIndex::link(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ += entry.cost();
-    if (entry.is_listed()) arrivals_[{record.organisation, entry.serial}] = &entry;
+    if (entry.is_listed()) arrivals_[record.organisation][entry.serial] = &entry;
     if (record.terminal) ended_[{record.ended_at_ms, entry.serial}] = &entry;
     if (!record.reservation.empty()) reserved_[{record.organisation, record.reservation}] = &entry;
 }
@@ -47525,7 +47534,7 @@ void StoreIndex::link(const StoreEntry& entry) {
 void StoreIndex::unlink(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ -= entry.cost();
-    arrivals_.erase({record.organisation, entry.serial});
+    arrivals_[record.organisation].erase(entry.serial);
     ended_.erase({record.ended_at_ms, entry.serial});
     if (holder(record.organisation, record.reservation) == &entry)
         reserved_.erase({record.organisation, record.reservation});
@@ -47545,11 +47554,11 @@ Result<std::vector<std::string>> StoreIndex::list(const std::string& organisatio
         before = entry->serial;
     }
     std::vector<std::string> ids;
-    auto at = arrivals_.lower_bound({organisation, before});
-    while (ids.size() < limit && at != arrivals_.begin()) {
-        if ((--at)->first.first != organisation) break;
-        ids.push_back(at->second->record.id);
-    }
+    const auto own = arrivals_.find(organisation);
+    if (own == arrivals_.end()) return ids;
+    for (auto at = own->second.lower_bound(before);
+         ids.size() < limit && at != own->second.begin();)
+        ids.push_back((--at)->second->record.id);
     return ids;
 }
 
@@ -50094,39 +50103,58 @@ struct ServerLoop : HttpHandler {
     static const Route routes[];
     static std::span<const Route> all_routes();
 
-    /// A request that is not answered yet.
-    struct Exchange {
-        uint64_t number = 0;  // in http
-        std::string request_id, client_request_id, method, path, argument, item, query;
-        std::string organisation = "default";
-        std::string key_id = "-";  // none was checked
-        std::string cors_origin;   // to be named in the reply
-        ServerKey* key = nullptr;  // only in on_head: keys may be replaced
-        const Route* route = nullptr;
-        Handle handle = nullptr;
-        uint64_t started_ns = 0;
-        std::string response_id;  // that it asks for or waits for
-        bool keyed = false;       // an idempotency key came with it
-        bool replayed = false;
-        bool removes = false;  // waits for the end, then for the record to go
-        AnswerForm form = {};
-        bool begun = false;        // has the head of a stream
-        bool follows = false;      // and its events as they come; else all at the end
-        std::string ignored = {};  // fields of the body that nothing reads
+    /// Of an exchange, what few have and what only its end brings.
+    struct ExchangeExtra {
+        std::string item;                            // behind the argument of the path
+        std::string client_request_id, cors_origin;  // the latter to be named in the reply
+        std::string ignored;                         // fields of the body that nothing reads
         // for the log line
-        std::string client = {};
-        std::string error_code = {}, error_message = {};
+        std::string error_code, error_message;
         uint64_t ended_ns = 0;  // of one that is logged later
         Usage usage = {};
         Timings timings = {};
     };
 
-    /// The events of a response that is streamed as it is made.
+    /// A request that is not answered yet. Thousands may wait for long.
+    struct Exchange {
+        uint64_t number = 0;  // in http
+        std::string request_id, method, path, argument, query;
+        std::string organisation = "default";
+        std::string key_id = "-";  // none was checked
+        ServerKey* key = nullptr;  // only in on_head: keys may be replaced
+        const Route* route = nullptr;
+        const Operation* operation = nullptr;
+        uint64_t started_ns = 0;
+        std::string response_id;  // that it asks for or waits for
+        bool keyed = false;       // an idempotency key came with it
+        bool replayed = false;
+        bool removes = false;  // waits for the end, then for the record to go
+        bool begun = false;    // has the head of a stream
+        bool follows = false;  // and its events as they come; else all at the end
+        AnswerForm form = {};
+        std::string client = {};  // for the log line
+        std::unique_ptr<ExchangeExtra> more = {};
+
+        const ExchangeExtra& extra() const {
+            static const ExchangeExtra none;
+            return more ? *more : none;
+        }
+        ExchangeExtra& add_extra() {
+            if (!more) more = std::make_unique<ExchangeExtra>();
+            return *more;
+        }
+    };
+
+    /// The events of a response that is streamed as it is made. Until something happens there is
+    /// only what its writer is made from: thousands may wait for long.
     struct Stream {
-        std::unique_ptr<EventWriter> events;
-        bool kept = false;  // may be asked for again
-        bool told = false;  // some of them
-        std::string log = {};
+        std::shared_ptr<const std::string> head;  // as the store has it
+        std::string request;                      // that too, without its input
+        uint32_t input_tokens = 0;
+        bool include_usage = false;
+        bool kept = false;                         // may be asked for again
+        std::unique_ptr<EventWriter> events = {};  // once something happened
+        std::string log = {};                      // then all that they were
     };
 
     /// A response that is not terminal.
@@ -50139,22 +50167,22 @@ struct ServerLoop : HttpHandler {
             parked,     // left for the next start
         };
         State state = State::reserving;
-        std::string organisation;
         bool running = false;
         bool background = false;
         bool resumable = false;  // is taken up again after a crash
         bool webhook = false;    // its end is to be delivered
+        bool item = false;       // of a batch
+        bool begun = true;       // the last of its attempts is this process's
         uint32_t attempts = 1;   // as the store has it
-        bool begun = true;       // the last of them is this process's
-        uint64_t owner = 0;      // the exchange whose end cancels it; 0: none
+        std::string organisation;
+        uint64_t owner = 0;  // the exchange whose end cancels it; 0: none
         Responder* responder = nullptr;
-        std::vector<uint64_t> waiters;              // exchanges that want the terminal object
-        std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
-        std::unique_ptr<Stream> stream = {};        // when it was asked for as one
+        std::vector<uint64_t> waiters;                // exchanges that want the terminal object
+        std::unique_ptr<StoredResponse> unkept = {};  // the record, when `store` is false
+        std::unique_ptr<Stream> stream = {};          // when it was asked for as one
         const Surface* surface = nullptr;
         std::string echo = {};                // of that
         std::unique_ptr<Exchange> left = {};  // its owner, that is gone: logged with the outcome
-        bool item = false;                    // of a batch
     };
 
     struct Job;
@@ -50182,9 +50210,10 @@ struct ServerLoop : HttpHandler {
         std::optional<Reservation> replay = {};  // of the idempotency key
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
-        std::string text = {};  // the object, for a caller that does not wait for the end
+        std::string text = {};  // for a caller that does not wait for the end: the object, or what
+                                // its stream begins with
         AnswerForm form = {};
-        std::unique_ptr<EventWriter> events = {};  // of a stream
+        std::unique_ptr<Stream> stream = {};
         std::string conversation_last = {};
         std::string ignored = {};  // fields of the body
         Json raw = {};
@@ -50624,8 +50653,13 @@ struct ServerLoop : HttpHandler {
     Result<void> read_stream(Exchange& exchange) const;
     HttpHeaders stream_headers(const Exchange& exchange) const;
     void end_stream(Exchange& exchange, std::string text);
-    void join_stream(Exchange& exchange, const std::string& id, Live& entry);
-    std::string send_events(Live& entry);
+    std::unique_ptr<EventWriter> begin_events(const AnswerForm& form,
+                                              const ResponseRecord& record) const;
+    std::unique_ptr<EventWriter> begin_events(const std::string& id, const Live& entry) const;
+    EventWriter& events_of(const std::string& id, Live& entry);
+    void join_stream(Exchange& exchange, const std::string& id, Live& entry,
+                     const std::string* opening = nullptr);
+    void send_events(Live& entry);
     bool is_behind(const Live& entry);
     void beat(uint64_t now_ns);
 
@@ -50747,6 +50781,7 @@ std::string server_uuid(uint8_t* bytes) {
     bytes[8] = static_cast<uint8_t>((bytes[8] & 0x3f) | 0x80);
     std::string hex = hex_encode(bytes, 16);
     for (const size_t at : {20u, 16u, 12u, 8u}) hex.insert(at, 1, '-');
+    hex.shrink_to_fit();
     return hex;
 }
 
@@ -51133,12 +51168,14 @@ std::string server_shown_query(std::string_view query, std::span<const ServerPar
 /// As the client reads it, but for what the body may have held.
 void ServerLoop::note_error(Exchange& exchange, const Error& error) const {
     const Json shown = render_error(error);
-    exchange.error_code = shown["error"]["code"].as_string();
-    exchange.error_message = without_quoted(shown["error"]["message"].as_string());
+    ExchangeExtra& extra = exchange.add_extra();
+    extra.error_code = shown["error"]["code"].as_string();
+    extra.error_message = without_quoted(shown["error"]["message"].as_string());
 }
 
 void ServerLoop::log_exchange(const Exchange& exchange, int status) {
-    const uint64_t ended_ns = exchange.ended_ns ? exchange.ended_ns : monotonic_ns();
+    const ExchangeExtra& extra = exchange.extra();
+    const uint64_t ended_ns = extra.ended_ns ? extra.ended_ns : monotonic_ns();
     const double ms = static_cast<double>(ended_ns - exchange.started_ns) / 1e6;
     const Route* route = exchange.route;
     const bool nested = route && !(route->suffix.empty() && route->middle.empty());
@@ -51148,32 +51185,31 @@ void ServerLoop::log_exchange(const Exchange& exchange, int status) {
                                                      : std::string(route->middle) + "*";
     ++answered[{name + tail, status}];
     figures.request_seconds.add(ms / 1e3);
-    const bool probe = exchange.handle == &ServerLoop::get_health ||
-                       exchange.handle == &ServerLoop::get_metrics;
+    const Handle handle = exchange.operation ? exchange.operation->handle : nullptr;
+    const bool probe = handle == &ServerLoop::get_health || handle == &ServerLoop::get_metrics;
     if (!options.log.write || (probe && !options.log_health)) return;
     const std::span<const ServerParameter> known = route ? route->get.query
                                                          : std::span<const ServerParameter>();
     Json line = Json::object();
     line.set("id", exchange.request_id);
-    if (!exchange.client_request_id.empty())
-        line.set("client_request_id", exchange.client_request_id);
+    if (!extra.client_request_id.empty()) line.set("client_request_id", extra.client_request_id);
     line.set("method", printable(exchange.method))
         .set("path", printable(exchange.path) + server_shown_query(exchange.query, known))
         .set("status", status)
         .set("ms", server_rounded(ms));
-    if (!exchange.error_message.empty())
-        line.set("code", exchange.error_code).set("error", exchange.error_message);
+    if (!extra.error_message.empty())
+        line.set("code", extra.error_code).set("error", extra.error_message);
     line.set("client", exchange.client)
         .set("key", exchange.key_id)
         .set("response", printable(exchange.response_id))
         .set("replayed", exchange.replayed);
-    if (!exchange.ignored.empty()) {
-        std::string names = exchange.ignored;
+    if (!extra.ignored.empty()) {
+        std::string names = extra.ignored;
         std::erase(names, ' ');
         line.set("ignored", names);
     }
-    log_line(status >= 500 ? LogLevel::warning : LogLevel::info, std::move(line), exchange.usage,
-             exchange.timings);
+    log_line(status >= 500 ? LogLevel::warning : LogLevel::info, std::move(line), extra.usage,
+             extra.timings);
 }
 
 /// The line of a client that was the only one to wait and is gone, with what it cost all the same.
@@ -51181,8 +51217,8 @@ void ServerLoop::log_left(Live& entry, const Outcome* outcome) {
     const std::unique_ptr<Exchange> left = std::move(entry.left);
     if (!left) return;
     if (outcome) {
-        left->usage = outcome->usage;
-        left->timings = outcome->timings;
+        left->add_extra().usage = outcome->usage;
+        left->add_extra().timings = outcome->timings;
     }
     log_exchange(*left, server_client_left);
 }
@@ -51298,17 +51334,18 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
     reply.status = status;
     reply.headers = std::move(headers);
     reply.headers.emplace_back("X-Request-ID", exchange.request_id);
-    if (!exchange.client_request_id.empty())
-        reply.headers.emplace_back("X-Client-Request-Id", exchange.client_request_id);
+    const ExchangeExtra& extra = exchange.extra();
+    if (!extra.client_request_id.empty())
+        reply.headers.emplace_back("X-Client-Request-Id", extra.client_request_id);
     if (!body.empty() && !find_header(reply.headers, "Content-Type"))
         reply.headers.emplace_back("Content-Type", "application/json");
     const bool names = exchange.route && exchange.route->surface && !exchange.response_id.empty();
     if (names && !find_header(reply.headers, "X-Valar-Response-Id"))
         reply.headers.emplace_back("X-Valar-Response-Id", exchange.response_id);
-    if (!exchange.ignored.empty()) reply.headers.emplace_back("X-Ignored-Fields", exchange.ignored);
+    if (!extra.ignored.empty()) reply.headers.emplace_back("X-Ignored-Fields", extra.ignored);
     if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
-    if (!exchange.cors_origin.empty()) {
-        reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
+    if (!extra.cors_origin.empty()) {
+        reply.headers.emplace_back("Access-Control-Allow-Origin", extra.cors_origin);
         reply.headers.emplace_back("Access-Control-Expose-Headers",
                                    "X-Request-ID, X-Client-Request-Id, X-Valar-Response-Id, "
                                    "X-Ignored-Fields, Retry-After, Idempotent-Replayed");
@@ -51458,7 +51495,7 @@ void ServerLoop::on_request(HttpRequest&& request) {
     if (request.chunked)  // only now is it known that its size is allowed
         if (auto checked = check_type(request, exchange); !checked)
             return refuse(exchange, checked.error());
-    (this->*exchange.handle)(exchange, request);
+    (this->*exchange.operation->handle)(exchange, request);
 }
 
 ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
@@ -51470,19 +51507,19 @@ ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
 void ServerLoop::on_closed(uint64_t number) {
     const auto found = exchanges.find(number);
     if (found == exchanges.end()) return;
-    const auto entry = live.find(found->second.response_id);
+    const std::string id = found->second.response_id;
+    const bool streamed = found->second.begun;
+    const auto entry = live.find(id);
     const bool tells = entry != live.end() && entry->second.owner == number &&
                        (entry->second.state == Live::State::working ||
                         entry->second.state == Live::State::finishing);
-    found->second.ended_ns = monotonic_ns();
-    if (tells) entry->second.left = std::make_unique<Exchange>(found->second);
+    found->second.add_extra().ended_ns = monotonic_ns();
+    if (tells) entry->second.left = std::make_unique<Exchange>(std::move(found->second));
     else log_exchange(found->second, server_client_left);
     if (entry != live.end()) {
         std::erase(entry->second.waiters, number);
         if (entry->second.owner == number) cancel(entry->first, entry->second);
     }
-    const std::string id = found->second.response_id;
-    const bool streamed = found->second.begun;
     exchanges.erase(found);
     if (streamed) take_events(id);  // others may have waited for this one
 }
@@ -51900,6 +51937,7 @@ std::string ServerLoop::Route::allowed() const {
 /// Fills in what the target says.
 void ServerLoop::find_route(Exchange& exchange) {
     const std::string_view path = exchange.path;
+    std::string found_item;
     for (const Route& route : routes) {
         const bool takes = route.takes_argument();
         const bool prefix = path.substr(0, route.path.size()) == route.path;
@@ -51920,9 +51958,10 @@ void ServerLoop::find_route(Exchange& exchange) {
         }
         if (!route.slashes && argument->find('/') != argument->npos) continue;
         exchange.argument = std::move(*argument);
-        exchange.item = std::move(item);
+        found_item = std::move(item);
         exchange.route = &route;
     }
+    if (!found_item.empty()) exchange.add_extra().item = std::move(found_item);
 }
 
 std::string ServerLoop::make_request_id() {
@@ -51953,7 +51992,8 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     Exchange exchange;
     exchange.number = request.exchange;
     exchange.request_id = make_request_id();
-    exchange.client_request_id = client_request_id(request);
+    if (std::string id = client_request_id(request); !id.empty())
+        exchange.add_extra().client_request_id = std::move(id);
     exchange.method = request.method;
     const size_t mark = std::min(request.target.find('?'), request.target.size());
     exchange.path = request.target.substr(0, mark);
@@ -51975,7 +52015,7 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
         return std::nullopt;
     };
     std::optional<HttpReply> reply = run(first);
-    if (!reply && request.method == "OPTIONS" && !exchange.cors_origin.empty() &&
+    if (!reply && request.method == "OPTIONS" && !exchange.extra().cors_origin.empty() &&
         request.header("Access-Control-Request-Method"))
         reply = make_preflight_reply(exchange, request);  // carries no key
     if (!reply) reply = run(then);
@@ -52029,7 +52069,7 @@ Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exch
     const std::string origin = ascii_lower(*given);
     for (const std::string& allowed : options.cors_origins)
         if (alone && ascii_lower(allowed) == origin) {
-            exchange.cors_origin = *given;
+            exchange.add_extra().cors_origin = *given;
             return {};
         }
     if (alone && (origin == "http://" + request.host || origin == "https://" + request.host))
@@ -52097,8 +52137,8 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const Route& route = *exchange.route;
-    if (const Operation* known = route.operation(request.method)) exchange.handle = known->handle;
-    if (exchange.handle) return {};
+    exchange.operation = route.operation(request.method);
+    if (exchange.operation) return {};
     return make_error(
         ErrorKind::invalid_request,
         printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
@@ -52177,6 +52217,7 @@ std::string server_head(const ResponseRecord& record) {
 }
 
 std::shared_ptr<const std::string> server_shared(std::string text) {
+    text.shrink_to_fit();  // it stays
     return std::make_shared<const std::string>(std::move(text));
 }
 
@@ -52500,10 +52541,14 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     job.store = request.store;
     if (stored.background && !job.form.stream) job.text = render_live(stored, false);
     if (!job.form.stream) return {};
-    job.events = event_writer(job.form, record, options.dialect);
-    const bool shown = !job.form.surface;
-    job.events->begin(
-        shown ? render_response(server_record(stored, Status::pending), options.dialect) : Json());
+    if (!job.form.surface) record = server_record(stored, Status::pending);
+    job.text = begin_events(job.form, record)->take();
+    record.request.erase("input");  // which no event shows
+    std::string asked = record.request.write();
+    asked.shrink_to_fit();
+    const bool kept = stored.background || !stored.reservation.empty();
+    job.stream = std::make_unique<Stream>(Stream{
+        stored.head, std::move(asked), job.prepared->input_tokens, job.form.include_usage, kept});
     return {};
 }
 
@@ -52515,7 +52560,7 @@ void ServerLoop::accept_work(AcceptJob& job) {
 void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
-    exchange->ignored = std::move(job->ignored);
+    if (!job->ignored.empty()) exchange->add_extra().ignored = std::move(job->ignored);
     if (!job->error && job->prepared && stopping)
         job->error = server_overloaded("the server is shutting down");
     if (!job->error && job->prepared && waiting() >= options.max_queued)
@@ -52536,7 +52581,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     ++queued;
     exchange->response_id = stored.id;
     if (!job->store) {
-        entry.unkept = stored;
+        entry.unkept = std::make_unique<StoredResponse>(stored);
         return accept_done(std::move(job));
     }
     StoredResponse record = stored;
@@ -52580,10 +52625,9 @@ void ServerLoop::begin(JobPtr<AcceptJob> job) {
     auto submitted = entry.responder->submit(std::move(job->prepared), id);
     if (!submitted) return take_back(id, job->exchange, std::move(submitted.error()));
     entry.state = Live::State::working;
-    if (job->events)
-        entry.stream = std::make_unique<Stream>(Stream{std::move(job->events), entry.resumable});
+    entry.stream = std::move(job->stream);
     if (Exchange* exchange = find_exchange(job->exchange)) {
-        if (entry.stream) join_stream(*exchange, id, entry);
+        if (entry.stream) join_stream(*exchange, id, entry, &job->text);
         else if (entry.background) answer(*exchange, 202, std::move(job->text));
         else wait_for(*exchange, id, entry);
     }
@@ -52639,7 +52683,7 @@ void ServerLoop::take_events(const std::string& id) {
         if (!event) break;
         if (entry.state == Live::State::parked) continue;
         outcome = std::move(event->outcome);
-        if (entry.stream) entry.stream->events->add(*event);
+        if (entry.stream) events_of(id, entry).add(*event);
         if (entry.stream && entry.stream->events->size() >= server_most_unsent / 4)
             send_events(entry);
         if (!outcome) leave_queue(entry);
@@ -52741,8 +52785,15 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     if (found == live.end()) return;
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
     const bool again = !drain_begun && job->error && job->error->kind == ErrorKind::overloaded;
-    const auto stream = std::move(found->second.stream);
     const Outcome& outcome = *job->outcome;
+    std::string events;  // the last, for those who have the others
+    if (found->second.stream) {
+        EventWriter& writer = events_of(found->first, found->second);
+        if (job->error) writer.fail(*job->error);
+        else writer.end(outcome, *job->stored.object);
+        events = writer.take();
+        found->second.stream.reset();
+    }
     const bool told = found->second.left || !waiters.empty() || job->error;
     log_left(found->second, &outcome);
     if (!job->error) count_usage(*job);
@@ -52760,17 +52811,11 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
                 .set("response", job->stored.id)
                 .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
             outcome.usage, outcome.timings);
-    std::string events;  // the last, for those who have the others
-    if (stream) {
-        if (job->error) stream->events->fail(*job->error);
-        else stream->events->end(outcome, *job->stored.object);
-        events = stream->events->take();
-    }
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
         if (!exchange) continue;
-        exchange->usage = outcome.usage;
-        exchange->timings = outcome.timings;
+        exchange->add_extra().usage = outcome.usage;
+        exchange->add_extra().timings = outcome.timings;
         if (exchange->follows) end_stream(*exchange, events);
         else if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);
@@ -53069,20 +53114,54 @@ Result<void> ServerLoop::read_stream(Exchange& exchange) const {
     return {};
 }
 
+std::unique_ptr<EventWriter> ServerLoop::begin_events(const AnswerForm& form,
+                                                      const ResponseRecord& record) const {
+    auto events = event_writer(form, record, options.dialect);
+    events->begin(form.surface ? Json() : render_response(record, options.dialect));
+    return events;
+}
+
+std::unique_ptr<EventWriter> ServerLoop::begin_events(const std::string& id,
+                                                      const Live& entry) const {
+    const Stream& stream = *entry.stream;
+    StoredResponse stored;
+    stored.id = id;
+    stored.organisation = entry.organisation;
+    stored.head = stream.head;
+    stored.request = server_shared(stream.request);
+    ResponseRecord record = server_record(stored, Status::pending);
+    record.input_tokens = stream.input_tokens;
+    return begin_events({entry.surface, true, stream.include_usage, entry.echo}, record);
+}
+
+/// Something happens: its opening, which whoever asked first has got, is no longer made anew.
+EventWriter& ServerLoop::events_of(const std::string& id, Live& entry) {
+    Stream& stream = *entry.stream;
+    if (!stream.events) {
+        stream.events = begin_events(id, entry);
+        std::string opening = stream.events->take();
+        if (stream.kept) stream.log = std::move(opening);
+    }
+    return *stream.events;
+}
+
 /// What has happened goes to it at once, what will happen as it does. Where that is not known from
-/// the start (after a restart, or a log that became too long) all comes at the end.
-void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& entry) {
+/// the start (after a restart, or a log that became too long) all comes at the end. `opening`: of
+/// the stream, for whoever asks first.
+void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& entry,
+                             const std::string* opening) {
     exchange.response_id = id;
     exchange.begun = true;
     std::string text;
     const bool fits = entry.surface == exchange.form.surface;  // GET shows no chunks of Chat
     if (Stream* stream = fits ? entry.stream.get() : nullptr) {
-        const bool first = !stream->told;
-        std::string fresh = send_events(entry);
-        exchange.follows = stream->kept || first;
-        text = stream->kept ? events_after(stream->log, exchange.form.after) : std::move(fresh);
+        send_events(entry);
+        exchange.follows = stream->kept || opening;
+        if (opening) text = *opening;
+        else if (stream->kept)
+            text = events_after(stream->events ? stream->log : begin_events(id, entry)->take(),
+                                exchange.form.after);
     }
-    if (!exchange.follows) text.clear();
     entry.waiters.push_back(exchange.number);
     beats.emplace_back(monotonic_ns() + server_beat_ns, exchange.number);
     http->begin(exchange.number,
@@ -53098,27 +53177,28 @@ void ServerLoop::end_stream(Exchange& exchange, std::string text) {
 }
 
 /// What is new goes to all who follow.
-std::string ServerLoop::send_events(Live& entry) {
+void ServerLoop::send_events(Live& entry) {
     Stream& stream = *entry.stream;
-    std::string text = stream.events->take();
-    if (text.empty()) return text;
-    stream.told = true;
+    if (!stream.events) return;
+    const std::string text = stream.events->take();
+    if (text.empty()) return;
     for (const uint64_t number : entry.waiters)
         if (Exchange* exchange = find_exchange(number); exchange && exchange->follows)
             http->append(number, text);
     if (stream.kept) stream.log += text;
     if (stream.log.size() > server_most_event_log) {
         stream.kept = false;
-        stream.log = std::string();
+        stream.log.clear();
+        stream.log.shrink_to_fit();  // an assignment would keep its memory
     }
-    return text;
 }
 
 /// Whether one who follows has not taken what there is: then the others wait with it.
 bool ServerLoop::is_behind(const Live& entry) {
     return entry.stream &&
            std::any_of(entry.waiters.begin(), entry.waiters.end(), [&](uint64_t number) {
-               return http->unsent(number) + entry.stream->events->size() >= server_most_unsent;
+               const EventWriter* events = entry.stream->events.get();
+               return http->unsent(number) + (events ? events->size() : 0) >= server_most_unsent;
            });
 }
 
@@ -53238,9 +53318,11 @@ void ServerLoop::break_off(const std::string& id, Live& entry) {
     const Error error = server_stopping(
         goes_on ? "; when it is back the response goes on: GET /v1/responses/" + id : "");
     std::string last;  // for those who have what came before
-    if (const auto stream = std::move(entry.stream)) {
-        stream->events->fail(error, goes_on);
-        last = stream->events->take();
+    if (entry.stream) {
+        EventWriter& events = events_of(id, entry);
+        events.fail(error, goes_on);
+        last = events.take();
+        entry.stream.reset();
     }
     bool owned = false;
     for (const uint64_t number : std::exchange(entry.waiters, {})) {
@@ -54194,7 +54276,7 @@ void ServerLoop::send_conversation(Exchange& exchange, HttpRequest& request,
     job->exchange = exchange.number;
     job->organisation = exchange.organisation;
     job->id = exchange.argument;
-    job->item = exchange.item;
+    job->item = exchange.extra().item;
     job->query = exchange.query;
     job->body = std::move(request.body);
     job->apply = apply;
@@ -54955,7 +55037,7 @@ void ServerLoop::get_batch_item(Exchange& exchange, HttpRequest&) {
     job->exchange = exchange.number;
     job->organisation = exchange.organisation;
     job->id = exchange.argument;
-    job->custom_id = exchange.item;
+    job->custom_id = exchange.extra().item;
     send_job<&ServerLoop::find_item_work, &ServerLoop::find_item_done>(std::move(job));
 }
 
@@ -55104,7 +55186,7 @@ void ServerLoop::feed_done(JobPtr<FeedJob> job) {
                        batch.states[job->first] == server_batch_waits;
     if (exchange && !waits) {  // it began meanwhile
         HttpRequest none;
-        return (this->*exchange->handle)(*exchange, none);
+        return (this->*exchange->operation->handle)(*exchange, none);
     }
     if (job->error && waits) {
         if (exchange) refuse(*exchange, *job->error);

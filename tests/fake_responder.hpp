@@ -28,6 +28,7 @@ public:
     valar::ModelInfo info;
     std::atomic<bool> ready = true;
     std::atomic<bool> hold = false;         ///< answer only when finish() says so
+    std::atomic<bool> silent = false;       ///< tells of nothing before the end
     std::atomic<bool> full = false;         ///< submit() has no room
     std::atomic<bool> tells_items = false;  ///< as they are made, a word at a time
     std::atomic<bool> drips = false;        ///< one answer at a time, an event when drip() says so
@@ -83,7 +84,7 @@ public:
             Answer& answer = answers_[id];
             answer.task = std::move(static_cast<Task&>(*prepared));
             answer.number = ++submitted_;
-            answer.events.push_back({valar::Event::Kind::started, {}, nullptr});
+            if (!silent) answer.events.push_back({valar::Event::Kind::started, {}, nullptr});
             if (answer.task.progress) add_progress(&answer);
         }
         if (hold) notify(id);

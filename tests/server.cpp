@@ -2885,6 +2885,35 @@ TEST_CASE("server: openai: streams that are followed, left and taken up again") 
         CHECK(error_of(serving.get(target + "&starting_after=x")) ==
               "400 invalid_request_error invalid_type starting_after");
     }
+    SUBCASE("of one that waits all get the same opening, and then the same events") {
+        serving.fake.silent = true;
+        HttpPeer first(serving.server.port()), late(serving.server.port()),
+            behind(serving.server.port());
+        first.send(ask(Json::object()
+                           .set("model", "fake")
+                           .set("input", "hello")
+                           .set("background", true)
+                           .set("instructions", "Be brief.")
+                           .set("metadata", Json::object().set("of", "all"))
+                           .write()));
+        const auto created = [](const std::string& text) {
+            return text.substr(std::min(text.size(), text.find("event: response.created")));
+        };
+        const std::string opening = created(first.until("\n\n\r\n"));
+        const std::string id = opening.substr(opening.find("resp_"), 29);
+        const std::string line = "/v1/responses/" + id + "?stream=true";
+        late.send("GET " + line + " HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        CHECK(created(late.until("\n\n\r\n")) == opening);
+        behind.send("GET " + line + "&starting_after=0 HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        CHECK(behind.until("\r\n\r\n").find("200 OK") != std::string::npos);
+        serving.fake.finish(id);
+        const std::string rest = first.until("\r\n0\r\n\r\n");
+        CHECK(rest.find("event: response.in_progress") < rest.find("event: response.completed"));
+        CHECK(late.until("\r\n0\r\n\r\n") == rest);
+        CHECK(behind.until("\r\n0\r\n\r\n") == rest);
+        const std::string whole = serving.get(line).body;
+        CHECK(whole.substr(0, opening.size() - 2) == opening.substr(0, opening.size() - 2));
+    }
     SUBCASE("one that does not read gets no more than fits, and all of it once it does") {
         serving.fake.hold = false;
         std::string words;

@@ -69,7 +69,7 @@ constexpr HttpPhaseLimit http_phase_limits[] = {
     {HttpPhase::linger, &HttpOptions::linger_timeout_ms},
 };
 
-/// What a connection needs only while it is not idle.
+/// What a connection needs only while bytes of it are here.
 struct HttpActive {
     explicit HttpActive(const HttpLimits* limits) : parser(limits) {}
     HttpParser parser;
@@ -77,8 +77,6 @@ struct HttpActive {
     std::string head, body;
     size_t sent = 0;
     bool blocked = false;  // the socket took no more: wait until it does
-    bool begun = false;    // the reply comes in pieces, and is not ended
-    bool unsent = false;   // is in the list of connections to be written to
     // Of a begun reply http_write_bytes or more stood unsent: who appends may wait for them, and they
     // have to be gone by then.
     uint64_t full_until = http_never;
@@ -95,6 +93,8 @@ struct HttpConnection {
     bool peer_closed = false;
     bool fresh = true;         // asked nothing yet
     bool turned_away = false;  // answered before it asked: there was no room
+    bool begun = false;        // the reply comes in pieces, and is not ended
+    bool unsent = false;       // is in the list of connections to be written to
     uint64_t id = 0;
     uint64_t exchange = 0;    // accepted by on_head, neither answered nor closed
     uint64_t body_bytes = 0;  // counted against max_inflight_body_bytes
@@ -180,6 +180,8 @@ struct HttpServer::State {
     void drop(HttpConnection& connection);
     HttpConnection* find(uint64_t id);
     HttpSlot& slot(const HttpConnection& connection);
+    HttpActive& active_of(HttpConnection& connection);
+    void let_go(HttpConnection& connection);
 
     void on_event(const PollEvent& event);
     void on_readable(HttpConnection& connection);
@@ -261,7 +263,7 @@ void HttpServer::end(uint64_t exchange) {
 }
 size_t HttpServer::unsent(uint64_t exchange) const {
     const HttpConnection* connection = state_->find_begun(exchange);
-    if (!connection) return 0;
+    if (!connection || !connection->active) return 0;
     const HttpActive& active = *connection->active;
     return active.head.size() + active.body.size() - active.sent;
 }
@@ -528,6 +530,19 @@ HttpConnection* HttpServer::State::find(uint64_t id) {
     return connection;
 }
 
+HttpActive& HttpServer::State::active_of(HttpConnection& connection) {
+    if (!connection.active) connection.active = std::make_unique<HttpActive>(&options.limits);
+    return *connection.active;
+}
+
+/// Of all but what came of the next request.
+void HttpServer::State::let_go(HttpConnection& connection) {
+    if (!connection.active) return;
+    const std::string input = std::move(connection.active->input);
+    connection.active.reset();
+    if (!input.empty()) active_of(connection).input = input;
+}
+
 void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     connection.phase = phase;
     connection.window = 0;
@@ -539,7 +554,7 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
         if (row.phase == phase) entry.deadline = now + options.*row.limit;
     if (phase == HttpPhase::idle && drain_until != http_never)
         entry.deadline = std::min(drain_until, now + http_goodbye_ms);
-    if (phase == HttpPhase::reply && connection.active->begun)
+    if (phase == HttpPhase::reply && connection.begun)
         entry.deadline = std::min(entry.deadline, connection.active->full_until);
     next_timer = std::min(next_timer, entry.deadline);
     watch(connection);
@@ -581,9 +596,9 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
         case HttpPhase::work:
         case HttpPhase::reply:
         case HttpPhase::stream:
-        case HttpPhase::queued: connection.active->input.append(bytes); return watch(connection);
+        case HttpPhase::queued: active_of(connection).input.append(bytes); return watch(connection);
         case HttpPhase::idle:
-            connection.active = std::make_unique<HttpActive>(&options.limits);
+            active_of(connection);
             enter(connection, HttpPhase::head);
             break;
         default: break;
@@ -594,7 +609,7 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
 /// The client sends no more. While a whole reply is on its way it may still be reading; told twice,
 /// the connection is broken (or WSAPoll repeats itself, which cannot be silenced).
 void HttpServer::State::on_end(HttpConnection& connection) {
-    const bool answered = connection.phase == HttpPhase::reply && !connection.active->begun;
+    const bool answered = connection.phase == HttpPhase::reply && !connection.begun;
     if (!answered || connection.peer_closed) return drop(connection);
     connection.peer_closed = true;
     watch(connection);
@@ -676,7 +691,7 @@ void HttpServer::State::send_continue(HttpConnection& connection) {
 
 void HttpServer::State::deliver(HttpConnection& connection) {
     HttpRequest request = std::move(connection.active->parser.message);
-    connection.active->parser.reset();
+    let_go(connection);
     enter(connection, HttpPhase::work);
     handler->on_request(std::move(request));
 }
@@ -720,28 +735,26 @@ void HttpServer::State::send(HttpConnection& connection, HttpReply reply) {
 
 void HttpServer::State::start_reply(HttpConnection& connection, HttpReply reply, bool in_pieces) {
     release_body(connection);
-    HttpActive& active = *connection.active;
-    active.parser.reset();
+    let_go(connection);
+    HttpActive& active = active_of(connection);
     connection.keep_alive &= !reply.close && drain_until == http_never &&
                              !(in_pieces && connection.http_1_0);
     active.head = render(connection, reply, !connection.keep_alive, in_pieces);
     const bool bodiless = connection.head_only || reply.status == 204 || reply.status == 304;
     active.body = bodiless || in_pieces ? std::string() : std::move(reply.body);
-    active.sent = 0;
-    active.blocked = false;
-    active.begun = in_pieces;
+    connection.begun = in_pieces;
     enter(connection, HttpPhase::reply);
     if (in_pieces) append(connection, reply.body);
 }
 
 HttpConnection* HttpServer::State::find_begun(uint64_t exchange) {
     HttpConnection* connection = find(exchange);
-    return connection && connection->active && connection->active->begun ? connection : nullptr;
+    return connection && connection->begun ? connection : nullptr;
 }
 
 /// As one chunk (RFC 9112, section 7.1); it is written when the turn ends.
 void HttpServer::State::append(HttpConnection& connection, std::string_view bytes) {
-    HttpActive& active = *connection.active;
+    HttpActive& active = active_of(connection);
     const bool chunked = !connection.http_1_0;
     if (!connection.head_only && !bytes.empty()) {
         if (chunked) active.body += format("%zx\r\n", bytes.size());
@@ -751,13 +764,13 @@ void HttpServer::State::append(HttpConnection& connection, std::string_view byte
     const size_t left = active.head.size() + active.body.size() - active.sent;
     if (left >= http_write_bytes && active.full_until == http_never)
         active.full_until = now + options.write_timeout_ms;
-    if (!std::exchange(active.unsent, true)) unsent.push_back(connection.id);
+    if (!std::exchange(connection.unsent, true)) unsent.push_back(connection.id);
 }
 
 void HttpServer::State::end(HttpConnection& connection) {
     append(connection, {});
     if (!connection.head_only && !connection.http_1_0) connection.active->body += "0\r\n\r\n";
-    connection.active->begun = false;
+    connection.begun = false;
     connection.exchange = 0;
 }
 
@@ -766,9 +779,8 @@ void HttpServer::State::flush_unsent() {
     ids.swap(unsent);
     for (const uint64_t id : ids) {
         HttpConnection* connection = find(id);
-        if (!connection) continue;
-        connection->active->unsent = false;
-        if (!connection->active->blocked) flush(*connection);
+        if (!connection || !std::exchange(connection->unsent, false)) continue;
+        if (connection->active && !connection->active->blocked) flush(*connection);
     }
 }
 
@@ -782,7 +794,8 @@ void HttpServer::State::flush(HttpConnection& connection) {
     active.sent += sent.bytes;
     if (active.sent == head.size() + body.size()) return finish(connection);
     active.blocked = true;
-    if (active.begun && active.sent > head.size() + http_kept_bytes) {  // may never come to an end
+    if (connection.begun &&
+        active.sent > head.size() + http_kept_bytes) {  // may never come to an end
         active.body.erase(0, active.sent - head.size());
         active.head.clear();
         active.sent = 0;
@@ -793,27 +806,23 @@ void HttpServer::State::flush(HttpConnection& connection) {
 }
 
 void HttpServer::State::finish(HttpConnection& connection) {
-    if (connection.active->begun) return await_piece(connection);
+    if (connection.begun) return await_piece(connection);
     if (connection.peer_closed) return drop(connection);
     if (!connection.keep_alive) {
         connection.socket.shutdown_write();
         return enter(connection, HttpPhase::linger);
     }
-    if (connection.active->input.empty()) return enter(connection, HttpPhase::idle);
-    connection.active->head.clear();
-    connection.active->body.clear();
+    let_go(connection);
+    if (!connection.active) return enter(connection, HttpPhase::idle);
     enter(connection, HttpPhase::queued);
     queue.push_back(connection.id);
 }
 
 /// All is sent that there is. What a slow client had let grow is given back.
 void HttpServer::State::await_piece(HttpConnection& connection) {
-    HttpActive& active = *connection.active;
-    const bool full = std::exchange(active.full_until, http_never) != http_never;
-    const bool waited_for = std::exchange(active.blocked, false) || full;
-    active.head = std::string();
-    active.body = std::string();
-    active.sent = 0;
+    const HttpActive& active = *connection.active;
+    const bool waited_for = active.blocked || active.full_until != http_never;
+    let_go(connection);
     enter(connection, HttpPhase::stream);
     if (waited_for) handler->on_sent(connection.exchange);
 }

@@ -184,6 +184,7 @@ std::string ServerLoop::Route::allowed() const {
 /// Fills in what the target says.
 void ServerLoop::find_route(Exchange& exchange) {
     const std::string_view path = exchange.path;
+    std::string found_item;
     for (const Route& route : routes) {
         const bool takes = route.takes_argument();
         const bool prefix = path.substr(0, route.path.size()) == route.path;
@@ -204,9 +205,10 @@ void ServerLoop::find_route(Exchange& exchange) {
         }
         if (!route.slashes && argument->find('/') != argument->npos) continue;
         exchange.argument = std::move(*argument);
-        exchange.item = std::move(item);
+        found_item = std::move(item);
         exchange.route = &route;
     }
+    if (!found_item.empty()) exchange.add_extra().item = std::move(found_item);
 }
 
 std::string ServerLoop::make_request_id() {
@@ -237,7 +239,8 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     Exchange exchange;
     exchange.number = request.exchange;
     exchange.request_id = make_request_id();
-    exchange.client_request_id = client_request_id(request);
+    if (std::string id = client_request_id(request); !id.empty())
+        exchange.add_extra().client_request_id = std::move(id);
     exchange.method = request.method;
     const size_t mark = std::min(request.target.find('?'), request.target.size());
     exchange.path = request.target.substr(0, mark);
@@ -259,7 +262,7 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
         return std::nullopt;
     };
     std::optional<HttpReply> reply = run(first);
-    if (!reply && request.method == "OPTIONS" && !exchange.cors_origin.empty() &&
+    if (!reply && request.method == "OPTIONS" && !exchange.extra().cors_origin.empty() &&
         request.header("Access-Control-Request-Method"))
         reply = make_preflight_reply(exchange, request);  // carries no key
     if (!reply) reply = run(then);
@@ -313,7 +316,7 @@ Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exch
     const std::string origin = ascii_lower(*given);
     for (const std::string& allowed : options.cors_origins)
         if (alone && ascii_lower(allowed) == origin) {
-            exchange.cors_origin = *given;
+            exchange.add_extra().cors_origin = *given;
             return {};
         }
     if (alone && (origin == "http://" + request.host || origin == "https://" + request.host))
@@ -381,8 +384,8 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const Route& route = *exchange.route;
-    if (const Operation* known = route.operation(request.method)) exchange.handle = known->handle;
-    if (exchange.handle) return {};
+    exchange.operation = route.operation(request.method);
+    if (exchange.operation) return {};
     return make_error(
         ErrorKind::invalid_request,
         printable(request.method) + " is not allowed here; allowed: " + route.allowed(),

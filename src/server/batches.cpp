@@ -594,7 +594,7 @@ void ServerLoop::get_batch_item(Exchange& exchange, HttpRequest&) {
     job->exchange = exchange.number;
     job->organisation = exchange.organisation;
     job->id = exchange.argument;
-    job->custom_id = exchange.item;
+    job->custom_id = exchange.extra().item;
     send_job<&ServerLoop::find_item_work, &ServerLoop::find_item_done>(std::move(job));
 }
 
@@ -743,7 +743,7 @@ void ServerLoop::feed_done(JobPtr<FeedJob> job) {
                        batch.states[job->first] == server_batch_waits;
     if (exchange && !waits) {  // it began meanwhile
         HttpRequest none;
-        return (this->*exchange->handle)(*exchange, none);
+        return (this->*exchange->operation->handle)(*exchange, none);
     }
     if (job->error && waits) {
         if (exchange) refuse(*exchange, *job->error);

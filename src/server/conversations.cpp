@@ -169,7 +169,7 @@ void ServerLoop::send_conversation(Exchange& exchange, HttpRequest& request,
     job->exchange = exchange.number;
     job->organisation = exchange.organisation;
     job->id = exchange.argument;
-    job->item = exchange.item;
+    job->item = exchange.extra().item;
     job->query = exchange.query;
     job->body = std::move(request.body);
     job->apply = apply;

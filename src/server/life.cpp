@@ -98,9 +98,11 @@ void ServerLoop::break_off(const std::string& id, Live& entry) {
     const Error error = server_stopping(
         goes_on ? "; when it is back the response goes on: GET /v1/responses/" + id : "");
     std::string last;  // for those who have what came before
-    if (const auto stream = std::move(entry.stream)) {
-        stream->events->fail(error, goes_on);
-        last = stream->events->take();
+    if (entry.stream) {
+        EventWriter& events = events_of(id, entry);
+        events.fail(error, goes_on);
+        last = events.take();
+        entry.stream.reset();
     }
     bool owned = false;
     for (const uint64_t number : std::exchange(entry.waiters, {})) {

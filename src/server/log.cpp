@@ -108,12 +108,14 @@ std::string server_shown_query(std::string_view query, std::span<const ServerPar
 /// As the client reads it, but for what the body may have held.
 void ServerLoop::note_error(Exchange& exchange, const Error& error) const {
     const Json shown = render_error(error);
-    exchange.error_code = shown["error"]["code"].as_string();
-    exchange.error_message = without_quoted(shown["error"]["message"].as_string());
+    ExchangeExtra& extra = exchange.add_extra();
+    extra.error_code = shown["error"]["code"].as_string();
+    extra.error_message = without_quoted(shown["error"]["message"].as_string());
 }
 
 void ServerLoop::log_exchange(const Exchange& exchange, int status) {
-    const uint64_t ended_ns = exchange.ended_ns ? exchange.ended_ns : monotonic_ns();
+    const ExchangeExtra& extra = exchange.extra();
+    const uint64_t ended_ns = extra.ended_ns ? extra.ended_ns : monotonic_ns();
     const double ms = static_cast<double>(ended_ns - exchange.started_ns) / 1e6;
     const Route* route = exchange.route;
     const bool nested = route && !(route->suffix.empty() && route->middle.empty());
@@ -123,32 +125,31 @@ void ServerLoop::log_exchange(const Exchange& exchange, int status) {
                                                      : std::string(route->middle) + "*";
     ++answered[{name + tail, status}];
     figures.request_seconds.add(ms / 1e3);
-    const bool probe = exchange.handle == &ServerLoop::get_health ||
-                       exchange.handle == &ServerLoop::get_metrics;
+    const Handle handle = exchange.operation ? exchange.operation->handle : nullptr;
+    const bool probe = handle == &ServerLoop::get_health || handle == &ServerLoop::get_metrics;
     if (!options.log.write || (probe && !options.log_health)) return;
     const std::span<const ServerParameter> known = route ? route->get.query
                                                          : std::span<const ServerParameter>();
     Json line = Json::object();
     line.set("id", exchange.request_id);
-    if (!exchange.client_request_id.empty())
-        line.set("client_request_id", exchange.client_request_id);
+    if (!extra.client_request_id.empty()) line.set("client_request_id", extra.client_request_id);
     line.set("method", printable(exchange.method))
         .set("path", printable(exchange.path) + server_shown_query(exchange.query, known))
         .set("status", status)
         .set("ms", server_rounded(ms));
-    if (!exchange.error_message.empty())
-        line.set("code", exchange.error_code).set("error", exchange.error_message);
+    if (!extra.error_message.empty())
+        line.set("code", extra.error_code).set("error", extra.error_message);
     line.set("client", exchange.client)
         .set("key", exchange.key_id)
         .set("response", printable(exchange.response_id))
         .set("replayed", exchange.replayed);
-    if (!exchange.ignored.empty()) {
-        std::string names = exchange.ignored;
+    if (!extra.ignored.empty()) {
+        std::string names = extra.ignored;
         std::erase(names, ' ');
         line.set("ignored", names);
     }
-    log_line(status >= 500 ? LogLevel::warning : LogLevel::info, std::move(line), exchange.usage,
-             exchange.timings);
+    log_line(status >= 500 ? LogLevel::warning : LogLevel::info, std::move(line), extra.usage,
+             extra.timings);
 }
 
 /// The line of a client that was the only one to wait and is gone, with what it cost all the same.
@@ -156,8 +157,8 @@ void ServerLoop::log_left(Live& entry, const Outcome* outcome) {
     const std::unique_ptr<Exchange> left = std::move(entry.left);
     if (!left) return;
     if (outcome) {
-        left->usage = outcome->usage;
-        left->timings = outcome->timings;
+        left->add_extra().usage = outcome->usage;
+        left->add_extra().timings = outcome->timings;
     }
     log_exchange(*left, server_client_left);
 }

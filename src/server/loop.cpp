@@ -93,17 +93,18 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
     reply.status = status;
     reply.headers = std::move(headers);
     reply.headers.emplace_back("X-Request-ID", exchange.request_id);
-    if (!exchange.client_request_id.empty())
-        reply.headers.emplace_back("X-Client-Request-Id", exchange.client_request_id);
+    const ExchangeExtra& extra = exchange.extra();
+    if (!extra.client_request_id.empty())
+        reply.headers.emplace_back("X-Client-Request-Id", extra.client_request_id);
     if (!body.empty() && !find_header(reply.headers, "Content-Type"))
         reply.headers.emplace_back("Content-Type", "application/json");
     const bool names = exchange.route && exchange.route->surface && !exchange.response_id.empty();
     if (names && !find_header(reply.headers, "X-Valar-Response-Id"))
         reply.headers.emplace_back("X-Valar-Response-Id", exchange.response_id);
-    if (!exchange.ignored.empty()) reply.headers.emplace_back("X-Ignored-Fields", exchange.ignored);
+    if (!extra.ignored.empty()) reply.headers.emplace_back("X-Ignored-Fields", extra.ignored);
     if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
-    if (!exchange.cors_origin.empty()) {
-        reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
+    if (!extra.cors_origin.empty()) {
+        reply.headers.emplace_back("Access-Control-Allow-Origin", extra.cors_origin);
         reply.headers.emplace_back("Access-Control-Expose-Headers",
                                    "X-Request-ID, X-Client-Request-Id, X-Valar-Response-Id, "
                                    "X-Ignored-Fields, Retry-After, Idempotent-Replayed");
@@ -253,7 +254,7 @@ void ServerLoop::on_request(HttpRequest&& request) {
     if (request.chunked)  // only now is it known that its size is allowed
         if (auto checked = check_type(request, exchange); !checked)
             return refuse(exchange, checked.error());
-    (this->*exchange.handle)(exchange, request);
+    (this->*exchange.operation->handle)(exchange, request);
 }
 
 ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
@@ -265,19 +266,19 @@ ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
 void ServerLoop::on_closed(uint64_t number) {
     const auto found = exchanges.find(number);
     if (found == exchanges.end()) return;
-    const auto entry = live.find(found->second.response_id);
+    const std::string id = found->second.response_id;
+    const bool streamed = found->second.begun;
+    const auto entry = live.find(id);
     const bool tells = entry != live.end() && entry->second.owner == number &&
                        (entry->second.state == Live::State::working ||
                         entry->second.state == Live::State::finishing);
-    found->second.ended_ns = monotonic_ns();
-    if (tells) entry->second.left = std::make_unique<Exchange>(found->second);
+    found->second.add_extra().ended_ns = monotonic_ns();
+    if (tells) entry->second.left = std::make_unique<Exchange>(std::move(found->second));
     else log_exchange(found->second, server_client_left);
     if (entry != live.end()) {
         std::erase(entry->second.waiters, number);
         if (entry->second.owner == number) cancel(entry->first, entry->second);
     }
-    const std::string id = found->second.response_id;
-    const bool streamed = found->second.begun;
     exchanges.erase(found);
     if (streamed) take_events(id);  // others may have waited for this one
 }

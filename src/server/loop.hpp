@@ -213,39 +213,58 @@ struct ServerLoop : HttpHandler {
     static const Route routes[];
     static std::span<const Route> all_routes();
 
-    /// A request that is not answered yet.
-    struct Exchange {
-        uint64_t number = 0;  // in http
-        std::string request_id, client_request_id, method, path, argument, item, query;
-        std::string organisation = "default";
-        std::string key_id = "-";  // none was checked
-        std::string cors_origin;   // to be named in the reply
-        ServerKey* key = nullptr;  // only in on_head: keys may be replaced
-        const Route* route = nullptr;
-        Handle handle = nullptr;
-        uint64_t started_ns = 0;
-        std::string response_id;  // that it asks for or waits for
-        bool keyed = false;       // an idempotency key came with it
-        bool replayed = false;
-        bool removes = false;  // waits for the end, then for the record to go
-        AnswerForm form = {};
-        bool begun = false;        // has the head of a stream
-        bool follows = false;      // and its events as they come; else all at the end
-        std::string ignored = {};  // fields of the body that nothing reads
+    /// Of an exchange, what few have and what only its end brings.
+    struct ExchangeExtra {
+        std::string item;                            // behind the argument of the path
+        std::string client_request_id, cors_origin;  // the latter to be named in the reply
+        std::string ignored;                         // fields of the body that nothing reads
         // for the log line
-        std::string client = {};
-        std::string error_code = {}, error_message = {};
+        std::string error_code, error_message;
         uint64_t ended_ns = 0;  // of one that is logged later
         Usage usage = {};
         Timings timings = {};
     };
 
-    /// The events of a response that is streamed as it is made.
+    /// A request that is not answered yet. Thousands may wait for long.
+    struct Exchange {
+        uint64_t number = 0;  // in http
+        std::string request_id, method, path, argument, query;
+        std::string organisation = "default";
+        std::string key_id = "-";  // none was checked
+        ServerKey* key = nullptr;  // only in on_head: keys may be replaced
+        const Route* route = nullptr;
+        const Operation* operation = nullptr;
+        uint64_t started_ns = 0;
+        std::string response_id;  // that it asks for or waits for
+        bool keyed = false;       // an idempotency key came with it
+        bool replayed = false;
+        bool removes = false;  // waits for the end, then for the record to go
+        bool begun = false;    // has the head of a stream
+        bool follows = false;  // and its events as they come; else all at the end
+        AnswerForm form = {};
+        std::string client = {};  // for the log line
+        std::unique_ptr<ExchangeExtra> more = {};
+
+        const ExchangeExtra& extra() const {
+            static const ExchangeExtra none;
+            return more ? *more : none;
+        }
+        ExchangeExtra& add_extra() {
+            if (!more) more = std::make_unique<ExchangeExtra>();
+            return *more;
+        }
+    };
+
+    /// The events of a response that is streamed as it is made. Until something happens there is
+    /// only what its writer is made from: thousands may wait for long.
     struct Stream {
-        std::unique_ptr<EventWriter> events;
-        bool kept = false;  // may be asked for again
-        bool told = false;  // some of them
-        std::string log = {};
+        std::shared_ptr<const std::string> head;  // as the store has it
+        std::string request;                      // that too, without its input
+        uint32_t input_tokens = 0;
+        bool include_usage = false;
+        bool kept = false;                         // may be asked for again
+        std::unique_ptr<EventWriter> events = {};  // once something happened
+        std::string log = {};                      // then all that they were
     };
 
     /// A response that is not terminal.
@@ -258,22 +277,22 @@ struct ServerLoop : HttpHandler {
             parked,     // left for the next start
         };
         State state = State::reserving;
-        std::string organisation;
         bool running = false;
         bool background = false;
         bool resumable = false;  // is taken up again after a crash
         bool webhook = false;    // its end is to be delivered
+        bool item = false;       // of a batch
+        bool begun = true;       // the last of its attempts is this process's
         uint32_t attempts = 1;   // as the store has it
-        bool begun = true;       // the last of them is this process's
-        uint64_t owner = 0;      // the exchange whose end cancels it; 0: none
+        std::string organisation;
+        uint64_t owner = 0;  // the exchange whose end cancels it; 0: none
         Responder* responder = nullptr;
-        std::vector<uint64_t> waiters;              // exchanges that want the terminal object
-        std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
-        std::unique_ptr<Stream> stream = {};        // when it was asked for as one
+        std::vector<uint64_t> waiters;                // exchanges that want the terminal object
+        std::unique_ptr<StoredResponse> unkept = {};  // the record, when `store` is false
+        std::unique_ptr<Stream> stream = {};          // when it was asked for as one
         const Surface* surface = nullptr;
         std::string echo = {};                // of that
         std::unique_ptr<Exchange> left = {};  // its owner, that is gone: logged with the outcome
-        bool item = false;                    // of a batch
     };
 
     struct Job;
@@ -301,9 +320,10 @@ struct ServerLoop : HttpHandler {
         std::optional<Reservation> replay = {};  // of the idempotency key
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
-        std::string text = {};  // the object, for a caller that does not wait for the end
+        std::string text = {};  // for a caller that does not wait for the end: the object, or what
+                                // its stream begins with
         AnswerForm form = {};
-        std::unique_ptr<EventWriter> events = {};  // of a stream
+        std::unique_ptr<Stream> stream = {};
         std::string conversation_last = {};
         std::string ignored = {};  // fields of the body
         Json raw = {};
@@ -743,8 +763,13 @@ struct ServerLoop : HttpHandler {
     Result<void> read_stream(Exchange& exchange) const;
     HttpHeaders stream_headers(const Exchange& exchange) const;
     void end_stream(Exchange& exchange, std::string text);
-    void join_stream(Exchange& exchange, const std::string& id, Live& entry);
-    std::string send_events(Live& entry);
+    std::unique_ptr<EventWriter> begin_events(const AnswerForm& form,
+                                              const ResponseRecord& record) const;
+    std::unique_ptr<EventWriter> begin_events(const std::string& id, const Live& entry) const;
+    EventWriter& events_of(const std::string& id, Live& entry);
+    void join_stream(Exchange& exchange, const std::string& id, Live& entry,
+                     const std::string* opening = nullptr);
+    void send_events(Live& entry);
     bool is_behind(const Live& entry);
     void beat(uint64_t now_ns);
 

@@ -36,6 +36,7 @@ std::string server_head(const ResponseRecord& record) {
 }
 
 std::shared_ptr<const std::string> server_shared(std::string text) {
+    text.shrink_to_fit();  // it stays
     return std::make_shared<const std::string>(std::move(text));
 }
 
@@ -359,10 +360,14 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     job.store = request.store;
     if (stored.background && !job.form.stream) job.text = render_live(stored, false);
     if (!job.form.stream) return {};
-    job.events = event_writer(job.form, record, options.dialect);
-    const bool shown = !job.form.surface;
-    job.events->begin(
-        shown ? render_response(server_record(stored, Status::pending), options.dialect) : Json());
+    if (!job.form.surface) record = server_record(stored, Status::pending);
+    job.text = begin_events(job.form, record)->take();
+    record.request.erase("input");  // which no event shows
+    std::string asked = record.request.write();
+    asked.shrink_to_fit();
+    const bool kept = stored.background || !stored.reservation.empty();
+    job.stream = std::make_unique<Stream>(Stream{
+        stored.head, std::move(asked), job.prepared->input_tokens, job.form.include_usage, kept});
     return {};
 }
 
@@ -374,7 +379,7 @@ void ServerLoop::accept_work(AcceptJob& job) {
 void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
-    exchange->ignored = std::move(job->ignored);
+    if (!job->ignored.empty()) exchange->add_extra().ignored = std::move(job->ignored);
     if (!job->error && job->prepared && stopping)
         job->error = server_overloaded("the server is shutting down");
     if (!job->error && job->prepared && waiting() >= options.max_queued)
@@ -395,7 +400,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     ++queued;
     exchange->response_id = stored.id;
     if (!job->store) {
-        entry.unkept = stored;
+        entry.unkept = std::make_unique<StoredResponse>(stored);
         return accept_done(std::move(job));
     }
     StoredResponse record = stored;
@@ -439,10 +444,9 @@ void ServerLoop::begin(JobPtr<AcceptJob> job) {
     auto submitted = entry.responder->submit(std::move(job->prepared), id);
     if (!submitted) return take_back(id, job->exchange, std::move(submitted.error()));
     entry.state = Live::State::working;
-    if (job->events)
-        entry.stream = std::make_unique<Stream>(Stream{std::move(job->events), entry.resumable});
+    entry.stream = std::move(job->stream);
     if (Exchange* exchange = find_exchange(job->exchange)) {
-        if (entry.stream) join_stream(*exchange, id, entry);
+        if (entry.stream) join_stream(*exchange, id, entry, &job->text);
         else if (entry.background) answer(*exchange, 202, std::move(job->text));
         else wait_for(*exchange, id, entry);
     }
@@ -498,7 +502,7 @@ void ServerLoop::take_events(const std::string& id) {
         if (!event) break;
         if (entry.state == Live::State::parked) continue;
         outcome = std::move(event->outcome);
-        if (entry.stream) entry.stream->events->add(*event);
+        if (entry.stream) events_of(id, entry).add(*event);
         if (entry.stream && entry.stream->events->size() >= server_most_unsent / 4)
             send_events(entry);
         if (!outcome) leave_queue(entry);
@@ -600,8 +604,15 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     if (found == live.end()) return;
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
     const bool again = !drain_begun && job->error && job->error->kind == ErrorKind::overloaded;
-    const auto stream = std::move(found->second.stream);
     const Outcome& outcome = *job->outcome;
+    std::string events;  // the last, for those who have the others
+    if (found->second.stream) {
+        EventWriter& writer = events_of(found->first, found->second);
+        if (job->error) writer.fail(*job->error);
+        else writer.end(outcome, *job->stored.object);
+        events = writer.take();
+        found->second.stream.reset();
+    }
     const bool told = found->second.left || !waiters.empty() || job->error;
     log_left(found->second, &outcome);
     if (!job->error) count_usage(*job);
@@ -619,17 +630,11 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
                 .set("response", job->stored.id)
                 .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
             outcome.usage, outcome.timings);
-    std::string events;  // the last, for those who have the others
-    if (stream) {
-        if (job->error) stream->events->fail(*job->error);
-        else stream->events->end(outcome, *job->stored.object);
-        events = stream->events->take();
-    }
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
         if (!exchange) continue;
-        exchange->usage = outcome.usage;
-        exchange->timings = outcome.timings;
+        exchange->add_extra().usage = outcome.usage;
+        exchange->add_extra().timings = outcome.timings;
         if (exchange->follows) end_stream(*exchange, events);
         else if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);

@@ -57,20 +57,54 @@ Result<void> ServerLoop::read_stream(Exchange& exchange) const {
     return {};
 }
 
+std::unique_ptr<EventWriter> ServerLoop::begin_events(const AnswerForm& form,
+                                                      const ResponseRecord& record) const {
+    auto events = event_writer(form, record, options.dialect);
+    events->begin(form.surface ? Json() : render_response(record, options.dialect));
+    return events;
+}
+
+std::unique_ptr<EventWriter> ServerLoop::begin_events(const std::string& id,
+                                                      const Live& entry) const {
+    const Stream& stream = *entry.stream;
+    StoredResponse stored;
+    stored.id = id;
+    stored.organisation = entry.organisation;
+    stored.head = stream.head;
+    stored.request = server_shared(stream.request);
+    ResponseRecord record = server_record(stored, Status::pending);
+    record.input_tokens = stream.input_tokens;
+    return begin_events({entry.surface, true, stream.include_usage, entry.echo}, record);
+}
+
+/// Something happens: its opening, which whoever asked first has got, is no longer made anew.
+EventWriter& ServerLoop::events_of(const std::string& id, Live& entry) {
+    Stream& stream = *entry.stream;
+    if (!stream.events) {
+        stream.events = begin_events(id, entry);
+        std::string opening = stream.events->take();
+        if (stream.kept) stream.log = std::move(opening);
+    }
+    return *stream.events;
+}
+
 /// What has happened goes to it at once, what will happen as it does. Where that is not known from
-/// the start (after a restart, or a log that became too long) all comes at the end.
-void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& entry) {
+/// the start (after a restart, or a log that became too long) all comes at the end. `opening`: of
+/// the stream, for whoever asks first.
+void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& entry,
+                             const std::string* opening) {
     exchange.response_id = id;
     exchange.begun = true;
     std::string text;
     const bool fits = entry.surface == exchange.form.surface;  // GET shows no chunks of Chat
     if (Stream* stream = fits ? entry.stream.get() : nullptr) {
-        const bool first = !stream->told;
-        std::string fresh = send_events(entry);
-        exchange.follows = stream->kept || first;
-        text = stream->kept ? events_after(stream->log, exchange.form.after) : std::move(fresh);
+        send_events(entry);
+        exchange.follows = stream->kept || opening;
+        if (opening) text = *opening;
+        else if (stream->kept)
+            text = events_after(stream->events ? stream->log : begin_events(id, entry)->take(),
+                                exchange.form.after);
     }
-    if (!exchange.follows) text.clear();
     entry.waiters.push_back(exchange.number);
     beats.emplace_back(monotonic_ns() + server_beat_ns, exchange.number);
     http->begin(exchange.number,
@@ -86,27 +120,28 @@ void ServerLoop::end_stream(Exchange& exchange, std::string text) {
 }
 
 /// What is new goes to all who follow.
-std::string ServerLoop::send_events(Live& entry) {
+void ServerLoop::send_events(Live& entry) {
     Stream& stream = *entry.stream;
-    std::string text = stream.events->take();
-    if (text.empty()) return text;
-    stream.told = true;
+    if (!stream.events) return;
+    const std::string text = stream.events->take();
+    if (text.empty()) return;
     for (const uint64_t number : entry.waiters)
         if (Exchange* exchange = find_exchange(number); exchange && exchange->follows)
             http->append(number, text);
     if (stream.kept) stream.log += text;
     if (stream.log.size() > server_most_event_log) {
         stream.kept = false;
-        stream.log = std::string();
+        stream.log.clear();
+        stream.log.shrink_to_fit();  // an assignment would keep its memory
     }
-    return text;
 }
 
 /// Whether one who follows has not taken what there is: then the others wait with it.
 bool ServerLoop::is_behind(const Live& entry) {
     return entry.stream &&
            std::any_of(entry.waiters.begin(), entry.waiters.end(), [&](uint64_t number) {
-               return http->unsent(number) + entry.stream->events->size() >= server_most_unsent;
+               const EventWriter* events = entry.stream->events.get();
+               return http->unsent(number) + (events ? events->size() : 0) >= server_most_unsent;
            });
 }
 

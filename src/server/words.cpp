@@ -55,6 +55,7 @@ std::string server_uuid(uint8_t* bytes) {
     bytes[8] = static_cast<uint8_t>((bytes[8] & 0x3f) | 0x80);
     std::string hex = hex_encode(bytes, 16);
     for (const size_t at : {20u, 16u, 12u, 8u}) hex.insert(at, 1, '-');
+    hex.shrink_to_fit();
     return hex;
 }
 

@@ -42,7 +42,7 @@ namespace detail {
 void StoreIndex::link(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ += entry.cost();
-    if (entry.is_listed()) arrivals_[{record.organisation, entry.serial}] = &entry;
+    if (entry.is_listed()) arrivals_[record.organisation][entry.serial] = &entry;
     if (record.terminal) ended_[{record.ended_at_ms, entry.serial}] = &entry;
     if (!record.reservation.empty()) reserved_[{record.organisation, record.reservation}] = &entry;
 }
@@ -50,7 +50,7 @@ void StoreIndex::link(const StoreEntry& entry) {
 void StoreIndex::unlink(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ -= entry.cost();
-    arrivals_.erase({record.organisation, entry.serial});
+    arrivals_[record.organisation].erase(entry.serial);
     ended_.erase({record.ended_at_ms, entry.serial});
     if (holder(record.organisation, record.reservation) == &entry)
         reserved_.erase({record.organisation, record.reservation});
@@ -70,11 +70,11 @@ Result<std::vector<std::string>> StoreIndex::list(const std::string& organisatio
         before = entry->serial;
     }
     std::vector<std::string> ids;
-    auto at = arrivals_.lower_bound({organisation, before});
-    while (ids.size() < limit && at != arrivals_.begin()) {
-        if ((--at)->first.first != organisation) break;
-        ids.push_back(at->second->record.id);
-    }
+    const auto own = arrivals_.find(organisation);
+    if (own == arrivals_.end()) return ids;
+    for (auto at = own->second.lower_bound(before);
+         ids.size() < limit && at != own->second.begin();)
+        ids.push_back((--at)->second->record.id);
     return ids;
 }
 

@@ -119,7 +119,7 @@ private:
 
     std::unordered_map<std::string, StoreEntry> entries_;  // its nodes stay put
     std::map<std::pair<std::string, std::string>, const StoreEntry*> reserved_;
-    std::map<std::pair<std::string, uint64_t>, const StoreEntry*> arrivals_;
+    std::map<std::string, std::map<uint64_t, const StoreEntry*>> arrivals_;  // by serial
     Aged ended_;
     uint64_t bytes_ = 0;
 };
