@@ -157,12 +157,12 @@ _Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macr
 _Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Todo\")")
 _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")") _Pragma("push_macro(\"Turn\")")
 _Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"U\")")
-_Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Union\")") _Pragma("push_macro(\"Usage\")")
-_Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
-_Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
-_Pragma("push_macro(\"Write\")") _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")")
-_Pragma("push_macro(\"a1\")") _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")")
-_Pragma("push_macro(\"abs\")") _Pragma("push_macro(\"absolute\")")
+_Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Union\")") _Pragma("push_macro(\"Unused\")")
+_Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")")
+_Pragma("push_macro(\"W\")") _Pragma("push_macro(\"WideCharToMultiByte\")")
+_Pragma("push_macro(\"Window\")") _Pragma("push_macro(\"Write\")") _Pragma("push_macro(\"a\")")
+_Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")") _Pragma("push_macro(\"abort\")")
+_Pragma("push_macro(\"above\")") _Pragma("push_macro(\"abs\")") _Pragma("push_macro(\"absolute\")")
 _Pragma("push_macro(\"accept\")") _Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")")
 _Pragma("push_macro(\"active\")") _Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")")
 _Pragma("push_macro(\"align\")") _Pragma("push_macro(\"alignas\")")
@@ -653,6 +653,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef U
 #undef ULONG
 #undef Union
+#undef Unused
 #undef Usage
 #undef Value
 #undef View
@@ -45247,6 +45248,11 @@ struct HttpErrand {
     /// A reply whose head came counts, whatever becomes of its body: it is without that if it is too
     /// long or never ends.
     bool head_is_enough = false;
+    bool streams = false;  ///< on_piece tells of its body
+    /// On a connection that an earlier one left open, if there is one, and leaves its own open. Where
+    /// that turns out to be closed before a byte of the reply came, it is sent once more on a new one.
+    bool keeps_alive = false;
+    uint32_t silence_timeout_ms = 0;  ///< without a byte of the reply; 0: only the call's own
 };
 
 /// Who wants to know how a call ended.
@@ -45254,8 +45260,10 @@ class HttpCaller {
 public:
     virtual ~HttpCaller() = default;
     /// Errors: invalid_request (the call itself), permission (no address may be called), io, timeout,
-    /// bad_data (not HTTP), too_large. It may start another.
+    /// bad_data (not HTTP), too_large. It may start another. Of an errand that streams it has no body.
     virtual void on_reply(uint64_t call, Result<HttpReply> reply) = 0;
+    /// More of the body of an errand that streams, without what frames it. It may cancel the call.
+    virtual void on_piece(uint64_t /*call*/, int /*status*/, std::string_view /*bytes*/) {}
 };
 
 /// Options of HttpServer. Each limit says what happens beyond it.
@@ -46102,11 +46110,14 @@ namespace detail {
 inline constexpr uint64_t http_client_tag = uint64_t{1} << 63;  // of its sockets in the poller
 inline constexpr uint64_t http_no_deadline = UINT64_MAX;
 inline constexpr uint32_t http_connect_ms = 10'000;  // for one address; then the next is tried
+inline constexpr uint32_t http_unused_ms = 4'000;    // of a connection left open: servers wait 5 s
+inline constexpr size_t http_most_unused = 256;      // of those; then the oldest is closed
 
 /// Calls that are in progress, on the poller and in the thread of who has it. A name is resolved on
 /// a thread of its own, each of its addresses is judged, and one that was is dialled; of several the
-/// next where one does not answer. No redirect is followed, no proxy is asked. The connection is
-/// plain: TLS would come between Exchange and its Socket, in read(), write() and connected().
+/// next where one does not answer. No redirect is followed, no proxy is asked. Connections are left
+/// open where an errand says so. They are plain: TLS would come between Exchange and its Socket, in
+/// read(), write() and connected().
 /// Threads: one at a time. The caller of each call must outlive it, or the client.
 class HttpClient {
 public:
@@ -46116,6 +46127,7 @@ public:
 
     /// Begins a call; on_reply tells how it went, in a later step() or on_event().
     uint64_t start(HttpErrand errand, HttpCaller* caller);
+    void cancel(uint64_t call);             ///< nothing is told of it any more; closes with step()
     void on_event(const PollEvent& event);  ///< whose tag holds http_client_tag
     void step(uint64_t now_ms);             ///< once a turn, after all events
     uint64_t deadline() const;              ///< when step() has to be called again at the latest
@@ -46123,15 +46135,25 @@ public:
 private:
     struct Exchange;
     struct Resolver;
+    struct Unused;
+    Exchange* find(uint64_t number) const;
+    void begin(Exchange& exchange);
+    Result<void> locate(Exchange& exchange);
     void take_addresses();
+    template <class Which>
+    void close_unused(const Which& which);
+    bool take_unused(Exchange& exchange);
+    void leave_open(Exchange& exchange);
     void dial(Exchange& exchange);
     void watch(Exchange& exchange);
+    void lose(Exchange& exchange);
     void finish(Exchange& exchange, Result<HttpReply> reply);
 
     Poller* poller_;
     HttpResolve resolve_;
-    std::unique_ptr<Resolver> resolver_;  // from the first name on
-    std::vector<std::unique_ptr<Exchange>> exchanges_;
+    std::unique_ptr<Resolver> resolver_;                // from the first name on
+    std::vector<std::unique_ptr<Exchange>> exchanges_;  // by number
+    std::vector<Unused> unused_;                        // connections left open, the oldest first
     uint64_t serial_ = 0;
     uint64_t now_;
 };
@@ -46958,6 +46980,111 @@ void HttpServer::State::await_piece(HttpConnection& connection) {
 }  // namespace valar
 #endif  // VALAR_NO_SERVER
 
+// ---- src/http/sse.hpp --------------------------------------------------------------------------
+
+// Server-sent events as a client reads them.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// An incremental reader of text/event-stream (WHATWG HTML, 9.2.6): fed bytes, does no I/O. What it
+/// finds does not depend on how the bytes are cut into pieces. Ids, retry times and comments are
+/// skipped. Threads: one at a time.
+class SseReader {
+public:
+    enum class Found : uint8_t {
+        more,   ///< all bytes used
+        event,  ///< type() and data() hold it, until the next feed
+        fault,  ///< an event of more bytes than allowed; it stays so
+    };
+    explicit SseReader(size_t most_bytes) : most_bytes_(most_bytes) {}
+    /// Goes on to the next event. The bytes after `*used` come after it.
+    Found feed(std::string_view bytes, size_t* used);
+
+    std::string_view type() const { return type_; }  ///< empty: "message"
+    std::string_view data() const { return data_; }  ///< lines are joined by LF
+
+private:
+    bool end_line();
+
+    size_t most_bytes_;
+    std::string line_, type_, data_;
+    bool after_cr_ = false;   // an LF that follows is of the same end of line
+    bool any_data_ = false;   // of the event in the making
+    bool told_ = false;       // that one was found already
+    bool first_line_ = true;  // may begin with a byte order mark
+    bool fault_ = false;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/http/sse.cpp --------------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Server-sent events ------------------------------------------------------------------------
+
+SseReader::Found SseReader::feed(std::string_view bytes, size_t* used) {
+    *used = 0;
+    if (std::exchange(told_, false)) {
+        type_.clear();
+        data_.clear();
+        any_data_ = false;
+    }
+    while (!fault_ && *used < bytes.size()) {
+        if (std::exchange(after_cr_, false) && bytes[*used] == '\n') {
+            ++*used;
+            continue;
+        }
+        const std::string_view rest = bytes.substr(*used);
+        const size_t end = std::min(rest.find_first_of("\r\n"), rest.size());
+        fault_ = end > most_bytes_ - std::min(most_bytes_, line_.size() + data_.size());
+        if (fault_) break;
+        line_.append(rest.substr(0, end));
+        *used += end;
+        if (end == rest.size()) break;
+        after_cr_ = rest[end] == '\r';
+        ++*used;
+        if (end_line()) return Found::event;
+    }
+    return fault_ ? Found::fault : Found::more;
+}
+
+/// Whether an event ends with it. One without data is none.
+bool SseReader::end_line() {
+    std::string_view line = line_;
+    if (std::exchange(first_line_, false) && line.starts_with("\xEF\xBB\xBF"))
+        line.remove_prefix(3);
+    if (line.empty()) {
+        told_ = any_data_;
+        if (!any_data_) type_.clear();
+        line_.clear();
+        return told_;
+    }
+    const size_t colon = std::min(line.find(':'), line.size());
+    std::string_view value = line.substr(std::min(colon + 1, line.size()));
+    if (value.starts_with(' ')) value.remove_prefix(1);
+    const std::string_view name = line.substr(0, colon);
+    if (name == "event") type_ = value;
+    if (name == "data") {
+        if (std::exchange(any_data_, true)) data_ += '\n';
+        data_ += value;
+    }
+    line_.clear();
+    return false;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
 // ---- src/http/client.cpp -----------------------------------------------------------------------
 
 #ifndef VALAR_NO_SERVER
@@ -46978,7 +47105,8 @@ namespace {
 constexpr uint32_t http_reply_head_bytes = 64 << 10;
 
 /// `host`: what the header Host is to say where the call does not.
-Result<std::string> http_render_call(const HttpCall& call, const std::string& host) {
+Result<std::string> http_render_call(const HttpCall& call, const std::string& host,
+                                     bool keeps_alive) {
     const auto refuse = [](const char* what) {
         return make_error(ErrorKind::invalid_request, what);
     };
@@ -46987,7 +47115,8 @@ Result<std::string> http_render_call(const HttpCall& call, const std::string& ho
     for (const auto& field : call.headers)
         if (!http_field_ok(field)) return refuse("a header field holds invalid characters");
     std::string out;
-    http_append(&out, {call.method, " ", call.target, " HTTP/1.1\r\nConnection: close\r\n"});
+    http_append(&out, {call.method, " ", call.target, " HTTP/1.1\r\n"});
+    if (!keeps_alive) out += "Connection: close\r\n";
     if (!find_header(call.headers, "Host")) http_append(&out, {"Host: ", host, "\r\n"});
     if (!call.body.empty() || call.method == "POST" || call.method == "PUT")
         http_append(&out, {"Content-Length: ", std::to_string(call.body.size()), "\r\n"});
@@ -47010,8 +47139,9 @@ struct HttpClient::Exchange {
         reset_parser();
     }
     HttpErrand errand;
-    HttpCaller* caller;
+    HttpCaller* caller;  // null: cancelled
     uint64_t number, deadline;
+    uint64_t silent_at = http_no_deadline;
     uint64_t next_address_at = http_no_deadline;  // while it connects
     HttpLimits limits;
     HttpParser parser;
@@ -47023,9 +47153,17 @@ struct HttpClient::Exchange {
     size_t sent = 0;
     unsigned interest = 0;
     bool connected = false;
-    bool has_head = false;  // of the reply
-    int status = 0;         // likewise
+    bool reused = false;     // a connection that another one had
+    bool answered = false;   // there are bytes of a reply
+    bool has_head = false;   // of the reply
+    int status = 0;          // likewise
+    bool left_over = false;  // bytes came behind the reply
+    uint64_t streamed = 0;   // bytes of its body that the caller has
 
+    uint64_t due() const { return std::min({deadline, silent_at, next_address_at}); }
+    void listen(uint64_t now) {
+        if (errand.silence_timeout_ms > 0) silent_at = now + errand.silence_timeout_ms;
+    }
     size_t unsent() const { return head.size() + errand.call.body.size() - sent; }
 
     void reset_parser() {
@@ -47044,17 +47182,23 @@ struct HttpClient::Exchange {
     }
 
     /// complete, more, or fault.
-    HttpParser::Event read() {
+    HttpParser::Event read(uint64_t now) {
         char bytes[16 << 10];
         const IoResult io = socket.read(bytes, sizeof bytes);
         if (io.status == IoStatus::again) return HttpParser::Event::more;
         if (io.status != IoStatus::done) return parser.end();
+        answered = true;
+        listen(now);
         std::string_view rest(bytes, io.bytes);
         for (;;) {
             size_t used = 0;
             const HttpParser::Event event = parser.feed(rest, &used);
             rest.remove_prefix(used);
-            if (event != HttpParser::Event::head) return event;
+            if (event != HttpParser::Event::head) {
+                pass_on();
+                left_over = !rest.empty();
+                return event;
+            }
             if (parser.status() / 100 == 1) {
                 reset_parser();
                 continue;
@@ -47062,6 +47206,24 @@ struct HttpClient::Exchange {
             has_head = true;
             status = parser.status();
         }
+    }
+
+    /// What there is of the body goes to the caller of an errand that streams.
+    void pass_on() {
+        std::string& body = parser.message.body;
+        if (!errand.streams || !has_head || body.empty()) return;
+        streamed += body.size();
+        if (caller && !is_too_long()) caller->on_piece(number, status, body);
+        body.clear();
+    }
+    bool is_too_long() const { return streamed > errand.call.max_reply_bytes; }
+
+    /// Whether another one can follow on its connection.
+    bool ends_alone() const {
+        const HttpRequest& message = parser.message;
+        return errand.keeps_alive && unsent() == 0 && !left_over && !message.http_1_0 &&
+               (message.chunked || message.content_length) &&
+               !http_listed(message.headers, "Connection", "close");
     }
 
     HttpReply reply() {
@@ -47114,12 +47276,23 @@ struct HttpClient::Resolver {
     }
 };
 
+/// A connection that is open, and that nothing is asked on now.
+struct HttpClient::Unused {
+    uint64_t number, until;  // of the exchange that had it; when it is closed
+    std::string host;
+    uint16_t port;
+    const NetPolicy* policy;  // that let it be dialled
+    std::string peer;
+    Socket socket;
+};
+
 HttpClient::HttpClient(Poller* poller, HttpResolve resolve)
     : poller_(poller), resolve_(resolve), now_(http_now_ms()) {}
 
 HttpClient::~HttpClient() {
     for (const auto& exchange : exchanges_)
         if (exchange->socket.is_open()) poller_->remove(exchange->socket);
+    for (const Unused& unused : unused_) poller_->remove(unused.socket);
     if (!resolver_) return;
     {
         const std::lock_guard<std::mutex> lock(resolver_->mutex);
@@ -47133,65 +47306,88 @@ uint64_t HttpClient::start(HttpErrand errand, HttpCaller* caller) {
     now_ = http_now_ms();
     exchanges_.push_back(std::make_unique<Exchange>(std::move(errand), caller, ++serial_, now_));
     Exchange& exchange = *exchanges_.back();
-    const HttpCall& call = exchange.errand.call;
-    const auto begin = [&]() -> Result<void> {
-        const auto path = unix_path(call.host);
-        NetAddress local;
-        local.local = true;
-        auto address = path ? Result<NetAddress>(local) : NetAddress::parse(call.host, call.port);
-        auto head = http_render_call(call, path      ? "localhost"
-                                           : address ? address->text()
-                                                     : call.host);
-        if (!head) return head.error();
-        exchange.head = std::move(*head);
-        if (address) {
-            exchange.addresses = {*address};
-            return {};
-        }
-        if (!resolver_) {
-            resolver_ = std::make_unique<Resolver>(resolve_, poller_);
-            auto thread = Thread::start(&Resolver::run, resolver_.get(), "valar resolver");
-            if (!thread) resolver_.reset();
-            if (!thread) return thread.error();
-            resolver_->thread = std::move(*thread);
-        }
-        const std::lock_guard<std::mutex> lock(resolver_->mutex);
-        resolver_->asked.push_back({exchange.number, call.host, call.port});
-        resolver_->waiting.notify_one();
-        return {};
-    };
-    if (auto begun = begin(); !begun) exchange.failed = begun.error();
+    exchange.listen(now_);
+    begin(exchange);
+    return exchange.number;
+}
+
+void HttpClient::begin(Exchange& exchange) {
+    if (auto begun = locate(exchange); !begun) exchange.failed = begun.error();
     // What is known already is told from step(), never from here.
     if (exchange.failed || !exchange.addresses.empty()) exchange.next_address_at = now_;
-    return exchange.number;
+}
+
+void HttpClient::cancel(uint64_t call) {
+    Exchange* exchange = find(call);
+    if (!exchange) return;
+    exchange->caller = nullptr;
+    exchange->deadline = 0;
+}
+
+HttpClient::Exchange* HttpClient::find(uint64_t number) const {
+    const auto found = std::lower_bound(
+        exchanges_.begin(), exchanges_.end(), number,
+        [](const auto& exchange, uint64_t wanted) { return exchange->number < wanted; });
+    return found != exchanges_.end() && (*found)->number == number ? found->get() : nullptr;
+}
+
+/// Writes its head, and finds out its addresses or asks for them.
+Result<void> HttpClient::locate(Exchange& exchange) {
+    const HttpCall& call = exchange.errand.call;
+    const auto path = unix_path(call.host);
+    NetAddress local;
+    local.local = true;
+    auto address = path ? Result<NetAddress>(local) : NetAddress::parse(call.host, call.port);
+    auto head = http_render_call(call,
+                                 path      ? "localhost"
+                                 : address ? address->text()
+                                           : call.host,
+                                 exchange.errand.keeps_alive);
+    if (!head) return head.error();
+    exchange.head = std::move(*head);
+    if (take_unused(exchange)) return {};
+    if (address) {
+        exchange.addresses = {*address};
+        return {};
+    }
+    if (!resolver_) {
+        resolver_ = std::make_unique<Resolver>(resolve_, poller_);
+        auto thread = Thread::start(&Resolver::run, resolver_.get(), "valar resolver");
+        if (!thread) resolver_.reset();
+        if (!thread) return thread.error();
+        resolver_->thread = std::move(*thread);
+    }
+    const std::lock_guard<std::mutex> lock(resolver_->mutex);
+    resolver_->asked.push_back({exchange.number, call.host, call.port});
+    resolver_->waiting.notify_one();
+    return {};
 }
 
 uint64_t HttpClient::deadline() const {
     uint64_t next = http_no_deadline;
-    for (const auto& exchange : exchanges_)
-        next = std::min(next, std::min(exchange->deadline, exchange->next_address_at));
+    for (const auto& exchange : exchanges_) next = std::min(next, exchange->due());
+    for (const Unused& unused : unused_) next = std::min(next, unused.until);
     return next;
 }
 
 void HttpClient::step(uint64_t now_ms) {
     now_ = now_ms;
     take_addresses();
+    close_unused([&](const Unused& unused) { return unused.until <= now_; });
     std::vector<uint64_t> due;
     for (const auto& exchange : exchanges_)
-        if (std::min(exchange->deadline, exchange->next_address_at) <= now_)
-            due.push_back(exchange->number);
+        if (exchange->due() <= now_) due.push_back(exchange->number);
     for (const uint64_t number : due) {
-        const auto found = std::find_if(exchanges_.begin(), exchanges_.end(),
-                                        [&](const auto& one) { return one->number == number; });
-        if (found == exchanges_.end()) continue;
-        Exchange& exchange = **found;
-        if (exchange.failed) finish(exchange, *exchange.failed);
-        else if (exchange.deadline > now_) dial(exchange);
+        Exchange* exchange = find(number);
+        if (!exchange) continue;
+        if (exchange->failed) finish(*exchange, *exchange->failed);
+        else if (std::min(exchange->deadline, exchange->silent_at) > now_) dial(*exchange);
         else
-            finish(exchange, exchange.give_up(ErrorKind::timeout,
-                                              "no complete reply from " +
-                                                  (exchange.peer.empty() ? exchange.errand.call.host
-                                                                         : exchange.peer)));
+            finish(*exchange,
+                   exchange->give_up(
+                       ErrorKind::timeout,
+                       "no complete reply from " +
+                           (exchange->peer.empty() ? exchange->errand.call.host : exchange->peer)));
     }
 }
 
@@ -47202,13 +47398,50 @@ void HttpClient::take_addresses() {
         const std::lock_guard<std::mutex> lock(resolver_->mutex);
         names.swap(resolver_->found);
     }
-    for (Resolver::Name& name : names)
-        for (const auto& exchange : exchanges_) {
-            if (exchange->number != name.number) continue;
-            if (!name.addresses) exchange->failed = name.addresses.error();
-            else exchange->addresses.assign(name.addresses->rbegin(), name.addresses->rend());
-            exchange->next_address_at = now_;
-        }
+    for (Resolver::Name& name : names) {
+        Exchange* exchange = find(name.number);
+        if (!exchange) continue;
+        if (!name.addresses) exchange->failed = name.addresses.error();
+        else exchange->addresses.assign(name.addresses->rbegin(), name.addresses->rend());
+        exchange->next_address_at = now_;
+    }
+}
+
+// ---- Connections ---------------------------------------------------------------------------------
+
+template <class Which>
+void HttpClient::close_unused(const Which& which) {
+    std::erase_if(unused_, [&](const Unused& unused) {
+        if (!which(unused)) return false;
+        poller_->remove(unused.socket);
+        return true;
+    });
+}
+
+/// Whether there is an open connection to where it goes, on which it is then sent.
+bool HttpClient::take_unused(Exchange& exchange) {
+    const HttpErrand& errand = exchange.errand;
+    const auto found = std::find_if(unused_.rbegin(), unused_.rend(), [&](const Unused& unused) {
+        return errand.keeps_alive && unused.host == errand.call.host &&
+               unused.port == errand.call.port && unused.policy == errand.policy;
+    });
+    if (found == unused_.rend()) return false;
+    exchange.socket = std::move(found->socket);
+    exchange.peer = std::move(found->peer);
+    unused_.erase(std::next(found).base());
+    exchange.connected = exchange.reused = true;
+    exchange.write();
+    watch(exchange);
+    return true;
+}
+
+void HttpClient::leave_open(Exchange& exchange) {
+    if (unused_.size() >= http_most_unused)
+        close_unused([&](const Unused& unused) { return &unused == &unused_.front(); });
+    const HttpErrand& errand = exchange.errand;
+    if (!poller_->set(exchange.socket, http_client_tag | exchange.number, poll_read)) return;
+    unused_.push_back({exchange.number, now_ + http_unused_ms, errand.call.host, errand.call.port,
+                       errand.policy, exchange.peer, std::move(exchange.socket)});
 }
 
 /// Connects to the next address that may be called.
@@ -47241,15 +47474,17 @@ void HttpClient::watch(Exchange& exchange) {
     if (interest == exchange.interest) return;
     exchange.interest = interest;
     auto watched = poller_->set(exchange.socket, http_client_tag | exchange.number, interest);
-    if (!watched) finish(exchange, watched.error());
+    if (watched) return;
+    exchange.failed = watched.error();  // told from step()
+    exchange.next_address_at = now_;
 }
 
 void HttpClient::on_event(const PollEvent& event) {
-    const auto found = std::find_if(exchanges_.begin(), exchanges_.end(), [&](const auto& one) {
-        return one->number == (event.tag & ~http_client_tag);
-    });
-    if (found == exchanges_.end()) return;  // ended earlier in this turn
-    Exchange& exchange = **found;
+    const uint64_t number = event.tag & ~http_client_tag;
+    Exchange* found = find(number);
+    // Without an exchange the peer closed what nobody uses; or it ended earlier in this turn.
+    if (!found) return close_unused([&](const Unused& unused) { return unused.number == number; });
+    Exchange& exchange = *found;
     if (!exchange.connected) {
         now_ = http_now_ms();
         if (exchange.socket.connected() != IoStatus::done) return dial(exchange);
@@ -47260,16 +47495,39 @@ void HttpClient::on_event(const PollEvent& event) {
     }
     if (event.writable && exchange.unsent() > 0) exchange.write();
     if (!event.readable && !event.hangup) return watch(exchange);
-    switch (exchange.read()) {
-        case HttpParser::Event::complete: return finish(exchange, exchange.reply());
-        case HttpParser::Event::fault:
-            return finish(
-                exchange,
-                exchange.give_up(
-                    exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
-                    "reply from " + exchange.peer + ": " + std::string(exchange.parser.reason())));
+    const HttpParser::Event read = exchange.read(
+        exchange.errand.silence_timeout_ms > 0 ? http_now_ms() : now_);
+    if (exchange.is_too_long())
+        return finish(exchange, make_error(ErrorKind::too_large,
+                                           "reply from " + exchange.peer + ": it is too long"));
+    switch (read) {
+        case HttpParser::Event::complete:
+            if (exchange.ends_alone()) leave_open(exchange);
+            return finish(exchange, exchange.reply());
+        case HttpParser::Event::fault: return lose(exchange);
         default: return watch(exchange);
     }
+}
+
+/// What came is no reply, or ended before its end. A connection that was left open may have been
+/// closed meanwhile: that says nothing of the server.
+void HttpClient::lose(Exchange& exchange) {
+    if (!exchange.reused || exchange.answered)
+        return finish(
+            exchange,
+            exchange.give_up(
+                exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
+                "reply from " + exchange.peer + ": " + std::string(exchange.parser.reason())));
+    poller_->remove(exchange.socket);
+    exchange.socket.close();
+    close_unused([&](const Unused& unused) {
+        return unused.host == exchange.errand.call.host && unused.port == exchange.errand.call.port;
+    });
+    exchange.connected = exchange.reused = false;
+    exchange.sent = 0;
+    exchange.interest = 0;
+    exchange.reset_parser();
+    begin(exchange);
 }
 
 /// The last of an exchange: its caller may start another one.
@@ -47279,7 +47537,7 @@ void HttpClient::finish(Exchange& exchange, Result<HttpReply> reply) {
                                     [&](const auto& one) { return one.get() == &exchange; });
     const std::unique_ptr<Exchange> ended = std::move(*place);
     exchanges_.erase(place);
-    ended->caller->on_reply(ended->number, std::move(reply));
+    if (ended->caller) ended->caller->on_reply(ended->number, std::move(reply));
 }
 
 }  // namespace detail
@@ -57093,15 +57351,15 @@ _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\
 _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Todo\")")
 _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")")
 _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")")
-_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Union\")") _Pragma("pop_macro(\"Usage\")")
-_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
-_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
-_Pragma("pop_macro(\"Write\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
-_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
-_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
-_Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
-_Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
-_Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
+_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Union\")") _Pragma("pop_macro(\"Unused\")")
+_Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")")
+_Pragma("pop_macro(\"W\")") _Pragma("pop_macro(\"WideCharToMultiByte\")")
+_Pragma("pop_macro(\"Window\")") _Pragma("pop_macro(\"Write\")") _Pragma("pop_macro(\"a\")")
+_Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")")
+_Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")")
+_Pragma("pop_macro(\"accept\")") _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")")
+_Pragma("pop_macro(\"active\")") _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")")
+_Pragma("pop_macro(\"align\")") _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
 _Pragma("pop_macro(\"aligned_alloc\")") _Pragma("pop_macro(\"alignof\")")
 _Pragma("pop_macro(\"all\")") _Pragma("pop_macro(\"alternate\")") _Pragma("pop_macro(\"always\")")
 _Pragma("pop_macro(\"always_inline\")") _Pragma("pop_macro(\"any\")")

@@ -52,7 +52,7 @@ SECTIONS = {
                "engine/prompt.cpp", "engine/draft.cpp", "engine/prefix_cache.cpp", "engine/desk.cpp",
                "engine/answer.cpp", "engine/scheduler.cpp", "engine/batch.cpp", "engine/engine.cpp",
                "engine/conversation.cpp", "engine/pool.hpp", "engine/pool.cpp"],
-    "http": ["http/http.hpp", "http/text.cpp", "http/url.cpp", "http/parser.cpp", "http/server.cpp", "http/client.cpp"],
+    "http": ["http/http.hpp", "http/text.cpp", "http/url.cpp", "http/parser.cpp", "http/server.cpp", "http/sse.cpp", "http/client.cpp"],
     "store": ["store/store.hpp", "store/index.cpp", "store/journal.cpp", "store/recover.cpp",
               "store/commit.cpp", "store/backup.cpp"],
     "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/keys.cpp", "server/log.cpp", "server/loop.cpp",

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "http/client.hpp"
+#include "http/sse.hpp"
 
 using namespace valar;
 using namespace valar::detail;
@@ -416,6 +417,13 @@ struct Caller : HttpCaller {
     void on_reply(uint64_t call, Result<HttpReply> reply) override {
         ended.emplace(call, std::move(reply));
     }
+    std::string pieces = {};
+    bool cancels = false;  // with the first piece
+    void on_piece(uint64_t call, int status, std::string_view bytes) override {
+        CHECK(status == 200);
+        pieces += bytes;
+        if (cancels) client->cancel(call);
+    }
     void run(size_t calls) {
         std::vector<PollEvent> events;
         while (ended.size() < calls) {
@@ -545,4 +553,129 @@ TEST_CASE("http client: many calls at once") {
         REQUIRE(reply);
         CHECK(reply->body == "hi");
     }
+}
+
+namespace {
+
+HttpErrand stream_from(uint16_t port) {
+    HttpErrand errand = errand_to("127.0.0.1", port);
+    errand.streams = errand.keeps_alive = true;
+    return errand;
+}
+
+constexpr const char* chunked =
+    "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    "3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n";
+
+}  // namespace
+
+TEST_CASE("http client: a body is told of piece by piece, whatever frames it") {
+    for (const char* answer :
+         {chunked, "HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nabcdefg",
+          "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nConnection: close\r\n\r\nabcdefg"}) {
+        Receiver receiver(answer);
+        Caller caller;
+        const auto reply = caller.ask(stream_from(receiver.port));
+        REQUIRE(reply);
+        CHECK(reply->status == 200);
+        CHECK(reply->body.empty());
+        CHECK(caller.pieces == "abcdefg");
+    }
+    // one that is cut, one that is longer than allowed in all, one that falls silent
+    Receiver cut("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n");
+    Caller caller;
+    CHECK(caller.ask(stream_from(cut.port)).error().kind == ErrorKind::bad_data);
+    CHECK(caller.pieces == "abc");
+    Receiver receiver(chunked);
+    HttpErrand errand = stream_from(receiver.port);
+    errand.call.max_reply_bytes = 6;
+    CHECK(caller.ask(errand).error().kind == ErrorKind::too_large);
+    Receiver silent("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nabc", false);
+    errand = stream_from(silent.port);
+    errand.silence_timeout_ms = 50;
+    CHECK(caller.ask(errand).error().kind == ErrorKind::timeout);
+}
+
+TEST_CASE("http client: nothing is told of a call that was cancelled") {
+    Receiver receiver("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nabc", false);
+    Receiver other(accepted);
+    Caller caller;
+    caller.cancels = true;
+    const uint64_t first = caller.client->start(stream_from(receiver.port), &caller);
+    const uint64_t second = caller.client->start(stream_from(receiver.port), &caller);
+    caller.client->cancel(second);
+    caller.client->cancel(77);
+    std::vector<PollEvent> events;
+    while (caller.pieces.empty()) {
+        caller.client->step(monotonic_ns() / 1'000'000);
+        REQUIRE(caller.poller.wait(10, &events));
+        for (const PollEvent& event : events) caller.client->on_event(event);
+    }
+    CHECK(caller.ask(errand_to("127.0.0.1", other.port))->status == 204);
+    CHECK(caller.pieces == "abc");
+    CHECK(caller.ended.count(first) + caller.ended.count(second) == 0);
+}
+
+TEST_CASE("http client: a connection that is left open is used again") {
+    Receiver receiver(chunked, false);
+    Caller caller;
+    for (int i = 0; i < 3; ++i) CHECK(caller.ask(stream_from(receiver.port))->status == 200);
+    CHECK(receiver.connections == 1);
+    CHECK(caller.pieces == "abcdefgabcdefgabcdefg");
+    // another name, another policy: another connection
+    HttpErrand errand = stream_from(receiver.port);
+    errand.call.host = "loopback";
+    CHECK(caller.ask(errand)->status == 200);
+    CHECK(receiver.connections == 2);
+    const NetPolicy loopback{NetPolicy::Reach::loopback, {}};
+    errand.policy = &loopback;
+    CHECK(caller.ask(errand)->status == 200);
+    CHECK(receiver.connections == 3);
+    CHECK(caller.ask(errand)->status == 200);
+    CHECK(receiver.connections == 3);
+    // two at once need two; none is left open where bytes came behind the reply
+    caller.client->start(errand, &caller);
+    caller.client->start(errand, &caller);
+    caller.run(caller.ended.size() + 2);
+    CHECK(receiver.connections == 4);
+    Receiver more("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi!", false);
+    for (int i = 0; i < 2; ++i) CHECK(caller.ask(stream_from(more.port))->status == 200);
+    CHECK(more.connections == 2);
+}
+
+TEST_CASE("http client: where a connection was closed meanwhile another is made") {
+    Receiver receiver("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");  // which closes it
+    Caller caller;
+    for (const char* host : {"127.0.0.1", "loopback"}) {
+        HttpErrand errand = stream_from(receiver.port);
+        errand.call.host = host;
+        for (int i = 0; i < 20; ++i) {
+            const auto reply = caller.ask(errand);
+            REQUIRE(reply);
+            CHECK(reply->status == 200);
+            if (i % 2) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+        }
+    }
+    CHECK(receiver.connections == 40);
+}
+
+TEST_CASE("server-sent events: what is one") {
+    const auto read = [](std::string_view bytes) {
+        SseReader reader(100);
+        std::string out;
+        for (size_t used = 0; !bytes.empty(); bytes.remove_prefix(used)) {
+            const auto found = reader.feed(bytes, &used);
+            if (found == SseReader::Found::fault) return out + "fault";
+            if (found == SseReader::Found::event)
+                out.append(reader.type()).append("(").append(reader.data()).append(")");
+        }
+        return out;
+    };
+    CHECK(read("data: a\n\ndata:b\r\n\r\ndata:  c\r\r") == "(a)(b)( c)");
+    CHECK(read("event: ping\ndata: 1\ndata: 2\n\ndata: 3\n\n") == "ping(1\n2)(3)");
+    CHECK(read(": comment\nid: 1\nretry: 2\n\nevent: lost\n\ndata\n\ndata: cut") == "()");
+    CHECK(read("\xEF\xBB\xBF"
+               "data: a\n\n") == "(a)");
+    CHECK(read("data: a\n\ndata: " + std::string(200, 'x')) == "(a)fault");
+    CHECK(read("data: " + std::string(60, 'x') + "\ndata: " + std::string(60, 'x')) == "fault");
 }

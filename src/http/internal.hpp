@@ -163,6 +163,11 @@ struct HttpErrand {
     /// A reply whose head came counts, whatever becomes of its body: it is without that if it is too
     /// long or never ends.
     bool head_is_enough = false;
+    bool streams = false;  ///< on_piece tells of its body
+    /// On a connection that an earlier one left open, if there is one, and leaves its own open. Where
+    /// that turns out to be closed before a byte of the reply came, it is sent once more on a new one.
+    bool keeps_alive = false;
+    uint32_t silence_timeout_ms = 0;  ///< without a byte of the reply; 0: only the call's own
 };
 
 /// Who wants to know how a call ended.
@@ -170,8 +175,10 @@ class HttpCaller {
 public:
     virtual ~HttpCaller() = default;
     /// Errors: invalid_request (the call itself), permission (no address may be called), io, timeout,
-    /// bad_data (not HTTP), too_large. It may start another.
+    /// bad_data (not HTTP), too_large. It may start another. Of an errand that streams it has no body.
     virtual void on_reply(uint64_t call, Result<HttpReply> reply) = 0;
+    /// More of the body of an errand that streams, without what frames it. It may cancel the call.
+    virtual void on_piece(uint64_t /*call*/, int /*status*/, std::string_view /*bytes*/) {}
 };
 
 /// Options of HttpServer. Each limit says what happens beyond it.
