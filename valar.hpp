@@ -43048,6 +43048,47 @@ void PrefixCache::report(ResponderStats* counts) const {
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/api/announcer.hpp ---------------------------------------------------------------------
+
+// Who is told that a response has events, for those who implement Responder::on_ready.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Threads: any.
+class Announcer {
+public:
+    /// In the place of the one before, whose calls have ended then.
+    void set(const ReadyListener& listener) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        listener_ = listener;
+        idle_.wait(lock, [&] { return calls_ == 0; });
+    }
+    /// Without locks held.
+    void call(const std::string& id) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (!listener_.call) return;
+        const ReadyListener listener = listener_;
+        ++calls_;
+        lock.unlock();
+        listener.call(listener.context, id);
+        lock.lock();
+        VALAR_ASSERT(calls_ > 0);
+        if (--calls_ == 0) idle_.notify_all();
+    }
+
+private:
+    std::mutex mutex_;  // guards what follows
+    std::condition_variable idle_;
+    ReadyListener listener_;
+    uint32_t calls_ = 0;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/engine/desk.hpp -----------------------------------------------------------------------
 
 namespace valar {
@@ -43074,7 +43115,7 @@ public:
     std::optional<Event> poll(const std::string& id);
     void cancel(const std::string& id);
     ResponderStats stats() const;
-    void on_ready(const ReadyListener& listener);
+    void on_ready(const ReadyListener& listener) { announcer_.set(listener); }
     Doorbell& doorbell() const { return *doorbell_; }
 
     // From the thread that steps.
@@ -43082,7 +43123,7 @@ public:
     bool take_cancels() { return doorbell_->cancels.exchange(false, std::memory_order_acquire); }
     /// Moves arrivals to the end of `waiting`.
     void take_arrivals(std::vector<SequencePtr>* waiting);
-    void announce(const Mailbox& reply);
+    void announce(const Mailbox& reply) { announcer_.call(reply.id); }
     /// Changes the statistics; their `queued` is the number of those waiting.
     template <class Change>
     void count(Change change) {
@@ -43105,10 +43146,7 @@ private:
     ResponderStats counts_;
     std::unordered_map<std::string, MailboxPtr> by_id_;  // those submitted through Responder
 
-    std::mutex listener_mutex_;  // guards what follows
-    std::condition_variable listener_idle_;
-    ReadyListener listener_;
-    uint32_t listener_calls_ = 0;
+    Announcer announcer_;
 };
 
 }  // namespace detail
@@ -43187,24 +43225,6 @@ ResponderStats Desk::stats() const {
     ResponderStats out = counts_;
     out.queued = static_cast<uint32_t>(queued());
     return out;
-}
-
-void Desk::on_ready(const ReadyListener& listener) {
-    std::unique_lock<std::mutex> lock(listener_mutex_);
-    listener_ = listener;
-    listener_idle_.wait(lock, [&] { return listener_calls_ == 0; });
-}
-
-void Desk::announce(const Mailbox& reply) {
-    std::unique_lock<std::mutex> lock(listener_mutex_);
-    if (!listener_.call) return;
-    const ReadyListener listener = listener_;
-    ++listener_calls_;
-    lock.unlock();
-    listener.call(listener.context, reply.id);
-    lock.lock();
-    VALAR_ASSERT(listener_calls_ > 0);
-    if (--listener_calls_ == 0) listener_idle_.notify_all();
 }
 
 void Desk::take_arrivals(std::vector<SequencePtr>* waiting) {

@@ -84,24 +84,6 @@ ResponderStats Desk::stats() const {
     return out;
 }
 
-void Desk::on_ready(const ReadyListener& listener) {
-    std::unique_lock<std::mutex> lock(listener_mutex_);
-    listener_ = listener;
-    listener_idle_.wait(lock, [&] { return listener_calls_ == 0; });
-}
-
-void Desk::announce(const Mailbox& reply) {
-    std::unique_lock<std::mutex> lock(listener_mutex_);
-    if (!listener_.call) return;
-    const ReadyListener listener = listener_;
-    ++listener_calls_;
-    lock.unlock();
-    listener.call(listener.context, reply.id);
-    lock.lock();
-    VALAR_ASSERT(listener_calls_ > 0);
-    if (--listener_calls_ == 0) listener_idle_.notify_all();
-}
-
 void Desk::take_arrivals(std::vector<SequencePtr>* waiting) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (SequencePtr& sequence : arrivals_) waiting->push_back(std::move(sequence));

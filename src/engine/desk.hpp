@@ -1,8 +1,8 @@
 #pragma once
 
+#include "api/announcer.hpp"
 #include "engine/sequence.hpp"
 
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -36,7 +36,7 @@ public:
     std::optional<Event> poll(const std::string& id);
     void cancel(const std::string& id);
     ResponderStats stats() const;
-    void on_ready(const ReadyListener& listener);
+    void on_ready(const ReadyListener& listener) { announcer_.set(listener); }
     Doorbell& doorbell() const { return *doorbell_; }
 
     // From the thread that steps.
@@ -44,7 +44,7 @@ public:
     bool take_cancels() { return doorbell_->cancels.exchange(false, std::memory_order_acquire); }
     /// Moves arrivals to the end of `waiting`.
     void take_arrivals(std::vector<SequencePtr>* waiting);
-    void announce(const Mailbox& reply);
+    void announce(const Mailbox& reply) { announcer_.call(reply.id); }
     /// Changes the statistics; their `queued` is the number of those waiting.
     template <class Change>
     void count(Change change) {
@@ -67,10 +67,7 @@ private:
     ResponderStats counts_;
     std::unordered_map<std::string, MailboxPtr> by_id_;  // those submitted through Responder
 
-    std::mutex listener_mutex_;  // guards what follows
-    std::condition_variable listener_idle_;
-    ReadyListener listener_;
-    uint32_t listener_calls_ = 0;
+    Announcer announcer_;
 };
 
 }  // namespace detail
