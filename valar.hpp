@@ -184,19 +184,19 @@ _Pragma("push_macro(\"block_size\")") _Pragma("push_macro(\"body\")")
 _Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
 _Pragma("push_macro(\"border\")") _Pragma("push_macro(\"bound\")")
 _Pragma("push_macro(\"bounds\")") _Pragma("push_macro(\"break\")")
-_Pragma("push_macro(\"buffer\")") _Pragma("push_macro(\"by\")") _Pragma("push_macro(\"byte\")")
-_Pragma("push_macro(\"bytes\")") _Pragma("push_macro(\"bzero\")") _Pragma("push_macro(\"c\")")
-_Pragma("push_macro(\"cache\")") _Pragma("push_macro(\"call\")") _Pragma("push_macro(\"calloc\")")
-_Pragma("push_macro(\"cancel\")") _Pragma("push_macro(\"case\")") _Pragma("push_macro(\"catch\")")
-_Pragma("push_macro(\"ceil\")") _Pragma("push_macro(\"chain\")") _Pragma("push_macro(\"change\")")
-_Pragma("push_macro(\"char\")") _Pragma("push_macro(\"char16_t\")")
-_Pragma("push_macro(\"char32_t\")") _Pragma("push_macro(\"char8_t\")")
-_Pragma("push_macro(\"chdir\")") _Pragma("push_macro(\"check\")")
-_Pragma("push_macro(\"check_text\")") _Pragma("push_macro(\"check_type\")")
-_Pragma("push_macro(\"child\")") _Pragma("push_macro(\"chmod\")") _Pragma("push_macro(\"clamp\")")
-_Pragma("push_macro(\"class\")") _Pragma("push_macro(\"clear\")")
-_Pragma("push_macro(\"clearerr\")") _Pragma("push_macro(\"client\")")
-_Pragma("push_macro(\"clock\")") _Pragma("push_macro(\"close\")")
+_Pragma("push_macro(\"buffer\")") _Pragma("push_macro(\"busy\")") _Pragma("push_macro(\"by\")")
+_Pragma("push_macro(\"byte\")") _Pragma("push_macro(\"bytes\")") _Pragma("push_macro(\"bzero\")")
+_Pragma("push_macro(\"c\")") _Pragma("push_macro(\"cache\")") _Pragma("push_macro(\"call\")")
+_Pragma("push_macro(\"calloc\")") _Pragma("push_macro(\"cancel\")") _Pragma("push_macro(\"case\")")
+_Pragma("push_macro(\"catch\")") _Pragma("push_macro(\"ceil\")") _Pragma("push_macro(\"chain\")")
+_Pragma("push_macro(\"change\")") _Pragma("push_macro(\"char\")")
+_Pragma("push_macro(\"char16_t\")") _Pragma("push_macro(\"char32_t\")")
+_Pragma("push_macro(\"char8_t\")") _Pragma("push_macro(\"chdir\")")
+_Pragma("push_macro(\"check\")") _Pragma("push_macro(\"check_text\")")
+_Pragma("push_macro(\"check_type\")") _Pragma("push_macro(\"child\")")
+_Pragma("push_macro(\"chmod\")") _Pragma("push_macro(\"clamp\")") _Pragma("push_macro(\"class\")")
+_Pragma("push_macro(\"clear\")") _Pragma("push_macro(\"clearerr\")")
+_Pragma("push_macro(\"client\")") _Pragma("push_macro(\"clock\")") _Pragma("push_macro(\"close\")")
 _Pragma("push_macro(\"closedir\")") _Pragma("push_macro(\"code\")") _Pragma("push_macro(\"cols\")")
 _Pragma("push_macro(\"column\")") _Pragma("push_macro(\"columns\")")
 _Pragma("push_macro(\"comma\")") _Pragma("push_macro(\"comment\")")
@@ -428,23 +428,23 @@ _Pragma("push_macro(\"seed\")") _Pragma("push_macro(\"seek\")") _Pragma("push_ma
 _Pragma("push_macro(\"segment\")") _Pragma("push_macro(\"select\")")
 _Pragma("push_macro(\"selected\")") _Pragma("push_macro(\"self\")") _Pragma("push_macro(\"send\")")
 _Pragma("push_macro(\"sendmsg\")") _Pragma("push_macro(\"sendto\")")
-_Pragma("push_macro(\"serial\")") _Pragma("push_macro(\"set\")") _Pragma("push_macro(\"set_key\")")
-_Pragma("push_macro(\"set_string\")") _Pragma("push_macro(\"setenv\")")
-_Pragma("push_macro(\"setp\")") _Pragma("push_macro(\"setsockopt\")")
-_Pragma("push_macro(\"seven\")") _Pragma("push_macro(\"shape\")") _Pragma("push_macro(\"shared\")")
-_Pragma("push_macro(\"shift\")") _Pragma("push_macro(\"short\")")
-_Pragma("push_macro(\"short_size\")") _Pragma("push_macro(\"show\")")
-_Pragma("push_macro(\"shutdown\")") _Pragma("push_macro(\"side\")") _Pragma("push_macro(\"sign\")")
-_Pragma("push_macro(\"signal\")") _Pragma("push_macro(\"signbit\")")
-_Pragma("push_macro(\"signed\")") _Pragma("push_macro(\"silent\")") _Pragma("push_macro(\"sink\")")
-_Pragma("push_macro(\"size\")") _Pragma("push_macro(\"size_t\")") _Pragma("push_macro(\"sizeof\")")
-_Pragma("push_macro(\"skip\")") _Pragma("push_macro(\"sleep\")") _Pragma("push_macro(\"slice\")")
-_Pragma("push_macro(\"slot\")") _Pragma("push_macro(\"slots\")")
-_Pragma("push_macro(\"snprintf\")") _Pragma("push_macro(\"sockaddr_in\")")
-_Pragma("push_macro(\"socket\")") _Pragma("push_macro(\"sort\")") _Pragma("push_macro(\"source\")")
-_Pragma("push_macro(\"sp\")") _Pragma("push_macro(\"space\")") _Pragma("push_macro(\"span\")")
-_Pragma("push_macro(\"special\")") _Pragma("push_macro(\"split\")")
-_Pragma("push_macro(\"sprintf\")") _Pragma("push_macro(\"sqrt\")")
+_Pragma("push_macro(\"serial\")") _Pragma("push_macro(\"server\")") _Pragma("push_macro(\"set\")")
+_Pragma("push_macro(\"set_key\")") _Pragma("push_macro(\"set_string\")")
+_Pragma("push_macro(\"setenv\")") _Pragma("push_macro(\"setp\")")
+_Pragma("push_macro(\"setsockopt\")") _Pragma("push_macro(\"seven\")")
+_Pragma("push_macro(\"shape\")") _Pragma("push_macro(\"shared\")") _Pragma("push_macro(\"shift\")")
+_Pragma("push_macro(\"short\")") _Pragma("push_macro(\"short_size\")")
+_Pragma("push_macro(\"show\")") _Pragma("push_macro(\"shutdown\")") _Pragma("push_macro(\"side\")")
+_Pragma("push_macro(\"sign\")") _Pragma("push_macro(\"signal\")")
+_Pragma("push_macro(\"signbit\")") _Pragma("push_macro(\"signed\")")
+_Pragma("push_macro(\"silent\")") _Pragma("push_macro(\"sink\")") _Pragma("push_macro(\"size\")")
+_Pragma("push_macro(\"size_t\")") _Pragma("push_macro(\"sizeof\")") _Pragma("push_macro(\"skip\")")
+_Pragma("push_macro(\"sleep\")") _Pragma("push_macro(\"slice\")") _Pragma("push_macro(\"slot\")")
+_Pragma("push_macro(\"slots\")") _Pragma("push_macro(\"snprintf\")")
+_Pragma("push_macro(\"sockaddr_in\")") _Pragma("push_macro(\"socket\")")
+_Pragma("push_macro(\"sort\")") _Pragma("push_macro(\"source\")") _Pragma("push_macro(\"sp\")")
+_Pragma("push_macro(\"space\")") _Pragma("push_macro(\"span\")") _Pragma("push_macro(\"special\")")
+_Pragma("push_macro(\"split\")") _Pragma("push_macro(\"sprintf\")") _Pragma("push_macro(\"sqrt\")")
 _Pragma("push_macro(\"srandom\")") _Pragma("push_macro(\"src\")")
 _Pragma("push_macro(\"ssize_t\")") _Pragma("push_macro(\"stack\")")
 _Pragma("push_macro(\"stage\")") _Pragma("push_macro(\"start\")") _Pragma("push_macro(\"stat\")")
@@ -723,6 +723,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef bounds
 #undef break
 #undef buffer
+#undef busy
 #undef by
 #undef byte
 #undef bytes
@@ -1318,6 +1319,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef sendmsg
 #undef sendto
 #undef serial
+#undef server
 #undef set
 #undef set_key
 #undef set_string
@@ -3337,6 +3339,53 @@ struct HttpCall {
 /// Errors: invalid_request (the call itself), io, timeout, bad_data (not HTTP), too_large.
 /// Threads: any. Stack: 24 KiB.
 VALAR_API Result<HttpReply> http_call(const HttpCall& call);
+
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/upstream/upstream.hpp -----------------------------------------------------------------
+
+// >>upstream
+// Owns: a Responder that has its answers from other servers, which speak OpenAI's Chat Completions:
+//       vLLM, SGLang, llama-server, another valar.
+// Assumes: servers that stream; a valar speaks the openai dialect.
+// Promises: a request goes to the least busy server that has its model, and to another one only as
+//           long as nothing was answered; what a server sends may be anything.
+
+namespace valar {
+inline namespace v1 {
+
+/// Which servers answer. What a caller types first stands first.
+struct UpstreamOptions {
+    std::vector<std::string> urls = {};     ///< "http://host:8000", or with /v1; "unix:/path"
+    std::string key = {};                   ///< of all of them, sent as Authorization: Bearer
+    uint32_t max_running = 256;             ///< at one server at once; what is beyond waits
+    uint32_t max_queued = 1000;             ///< of those that wait; then `overloaded`
+    uint32_t refresh_ms = 10'000;           ///< between two lists of a server's models
+    uint32_t retry_ms = 1'000;              ///< the same, of one that does not answer
+    uint32_t silence_timeout_ms = 300'000;  ///< without a byte of an answer; then it has failed
+    LogSink log = {};                       ///< which server comes, goes or fails
+};
+
+/// Asks other servers. Models are listed that any of them had; one is ready while a server that has
+/// it answers: a request in the background waits for that, others fail with upstream_error.
+/// Movable handle. Threads: any.
+class VALAR_API Upstream {
+public:
+    /// Asks each server for its models; waits until all have answered, or 5 seconds.
+    /// Errors: invalid_request names the option; io. Servers that are down are none.
+    static Result<Upstream> open(const UpstreamOptions& options);
+    Upstream(Upstream&& other) noexcept;
+    Upstream& operator=(Upstream&& other) noexcept;
+    ~Upstream();  ///< closes what is open
+
+    Responder* responder();  ///< as long as this lives
+
+private:
+    struct State;
+    explicit Upstream(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
 
 }  // namespace v1
 }  // namespace valar
@@ -8759,6 +8808,8 @@ inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their
 inline constexpr size_t kMaxStopBytes = 256;
 inline constexpr double kMaxBias = 100;
 
+/// Of ErrorKind::closed: another server, which was to answer, failed.
+inline constexpr const char* upstream_error_code = "upstream_error";
 /// What is wrong with a field, or nothing.
 using Fault = std::optional<Error>;
 Error api_error(const char* code, std::string path, std::string message);
@@ -10683,12 +10734,15 @@ constexpr ApiKind api_kinds[] = {
     // clang-format on
 };
 
-/// Codes of invalid_request for which HTTP has a status of its own.
+/// Codes for which HTTP has a status of its own.
 struct ApiCode {
+    ErrorKind kind;
     std::string_view code;
     int status;
 };
-constexpr ApiCode api_codes[] = {{"method_not_allowed", 405}, {"unsupported_media_type", 415}};
+constexpr ApiCode api_codes[] = {{ErrorKind::invalid_request, "method_not_allowed", 405},
+                                 {ErrorKind::invalid_request, "unsupported_media_type", 415},
+                                 {ErrorKind::closed, upstream_error_code, 502}};
 
 const ApiKind& api_kind(ErrorKind kind) {
     for (const ApiKind& row : api_kinds)
@@ -11034,9 +11088,8 @@ Json doc_error() {
 }
 
 int http_status(const Error& error) {
-    if (error.kind == ErrorKind::invalid_request)
-        for (const ApiCode& row : api_codes)
-            if (row.code == error.code) return row.status;
+    for (const ApiCode& row : api_codes)
+        if (row.kind == error.kind && row.code == error.code) return row.status;
     return api_kind(error.kind).status;
 }
 
@@ -11255,10 +11308,12 @@ Outcome outcome_of(const Json& object) {
     outcome.usage = {
         count(usage["input_tokens"]), count(usage["input_tokens_details"]["cached_tokens"]),
         count(usage["output_tokens"]), count(usage["output_tokens_details"]["reasoning_tokens"])};
-    if (const Json& error = object["error"]; error.is_object())
-        outcome.error = make_error(ErrorKind::unsupported,
-                                   std::string(error["message"].as_string()),
-                                   std::string(error["code"].as_string()));
+    if (const Json& error = object["error"]; error.is_object()) {
+        const std::string_view code = error["code"].as_string();
+        outcome.error = make_error(
+            code == upstream_error_code ? ErrorKind::closed : ErrorKind::unsupported,
+            error["message"].as_string(), code);
+    }
     for (const Json& item : object["output"].items())
         if (auto read = read_item(item, "output")) outcome.items.push_back(std::move(*read));
     return outcome;
@@ -11430,6 +11485,9 @@ Error surface_error(const Surface& surface, Error error, const SurfaceBody& read
 Error surface_failure(const Outcome& outcome) {
     if (outcome.status == Status::cancelled)
         return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
+    // What another server says, or that it failed, is for clients to know.
+    for (const char* code : {upstream_error_code, "invalid_value", "context_length_exceeded"})
+        if (outcome.error && outcome.error->code == code) return *outcome.error;
     return make_error(ErrorKind::internal, "the model could not be run", "internal_error");
 }
 
@@ -12193,6 +12251,12 @@ const char* chat_finish(const Outcome& outcome, Dialect dialect) {
     return called ? "tool_calls" : "stop";
 }
 
+/// How it ended, and which stop string ended it, as vLLM says it.
+void set_chat_end(Json& choice, const Outcome& outcome, Dialect dialect) {
+    choice.set("finish_reason", chat_finish(outcome, dialect));
+    if (!outcome.stopped_by.empty()) choice.set("stop_reason", outcome.stopped_by);
+}
+
 Result<std::string> chat_render(const std::string& object, Dialect dialect) {
     auto parsed = Json::parse(object);
     if (!parsed) return parsed.error();
@@ -12222,8 +12286,8 @@ Result<std::string> chat_render(const std::string& object, Dialect dialect) {
     Json choice = Json::object()
                       .set("index", 0)
                       .set("message", std::move(message))
-                      .set("logprobs", std::move(logprobs))
-                      .set("finish_reason", chat_finish(outcome, dialect));
+                      .set("logprobs", std::move(logprobs));
+    set_chat_end(choice, outcome, dialect);
     return Json::object()
         .set("id", chat_id(response["id"].as_string()))
         .set("object", "chat.completion")
@@ -12256,7 +12320,7 @@ public:
 
 private:
     void write(const Json& chunk) { text_.append("data: ").append(chunk.write()).append("\n\n"); }
-    void add_delta(Json delta, Json logprobs = nullptr, Json finish_reason = nullptr);
+    void add_delta(Json delta, Json logprobs = nullptr, const Outcome* ended = nullptr);
     void add_text(Item::Kind kind, std::string_view text, const std::vector<TokenLogprob>& tokens);
     void add_call(const Item& item);
 
@@ -12267,12 +12331,13 @@ private:
     std::optional<size_t> message_ = {};  // that is begun
 };
 
-void ChatEvents::add_delta(Json delta, Json logprobs, Json finish_reason) {
+void ChatEvents::add_delta(Json delta, Json logprobs, const Outcome* ended) {
     Json choice = Json::object()
                       .set("index", 0)
                       .set("delta", std::move(delta))
                       .set("logprobs", std::move(logprobs))
-                      .set("finish_reason", std::move(finish_reason));
+                      .set("finish_reason", nullptr);
+    if (ended) set_chat_end(choice, *ended, dialect_);
     Json chunk = head_;
     chunk.set("choices", Json::array().push(std::move(choice)));
     if (include_usage_) chunk.set("usage", nullptr);
@@ -12325,7 +12390,7 @@ void ChatEvents::end(const Outcome& outcome, const std::string&) {
     for (size_t i = told_; i < items.size(); ++i)
         if (items[i].is_call()) add_call(items[i]);
         else add_text(items[i].kind, items[i].text(), logprobs_of(outcome, i));
-    add_delta(Json::object(), nullptr, chat_finish(outcome, dialect_));
+    add_delta(Json::object(), nullptr, &outcome);
     if (include_usage_) {
         Json chunk = head_;
         chunk.set("choices", Json::array());
@@ -47600,6 +47665,1183 @@ Result<HttpReply> http_call(const HttpCall& call) {
 
 VALAR_COLD_BEGIN
 
+// ---- src/upstream/answer.hpp -------------------------------------------------------------------
+
+// What is asked of another server, and its answer as events.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// What a request becomes.
+struct UpstreamCall {
+    std::string target = {}, body = {};  ///< the target below /v1
+    std::vector<std::string> stop = {};
+    uint32_t max_calls = UINT32_MAX;
+};
+/// For a server whose models are owned by `owner`, which tells what it understands.
+/// Errors: what it has no words for.
+Result<UpstreamCall> upstream_call(const Request& request, std::string_view owner);
+
+Error upstream_error(std::string_view why);
+/// What it says of an error, as far as it is shown: a line.
+std::string upstream_said(const Json& message);
+
+/// Reads the chunks of one answer. Threads: one at a time.
+class UpstreamAnswer {
+public:
+    explicit UpstreamAnswer(const UpstreamCall& call) : call_(call) {}
+    /// What happened with this chunk. Errors: upstream_error.
+    Result<void> add(const Json& chunk, std::vector<Event>* events);
+    /// It said why it ended: what comes now is the end.
+    bool is_over() const { return over_; }
+    /// The rest of the items, and all of it, completed.
+    Outcome finish(std::vector<Event>* events);
+    /// As far as it came.
+    Outcome broken(Status status, Error error);
+
+private:
+    Result<void> add_calls(const Json& calls, std::vector<Event>* events);
+    void add_text(Item::Kind kind, std::string_view text, std::vector<TokenLogprob> tokens,
+                  std::vector<Event>* events);
+    void open(Item item, std::vector<Event>* events);
+    void close(std::vector<Event>* events);
+    std::vector<TokenLogprob> read_tokens(const Json& logprobs) const;
+
+    const UpstreamCall& call_;
+    Outcome outcome_ = {};
+    bool open_ = false, over_ = false, skips_ = false;
+    int64_t call_index_ = -1;  // of the call that is open
+    uint32_t calls_ = 0;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/upstream/request.cpp ------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- What is asked -----------------------------------------------------------------------------
+
+namespace {
+
+/// How the forms are said that have no words in OpenAI's API. Null, or false: not at all.
+struct UpstreamWords {
+    std::string_view owner;
+    const char* inside;                 // an object that holds them
+    const char *regex, *one_of, *gbnf;  // their names
+    bool own;                           // as another valar has them
+};
+constexpr UpstreamWords upstream_words[] = {
+    {"valar", nullptr, nullptr, nullptr, nullptr, true},
+    {"vllm", "structured_outputs", "regex", "choice", "grammar", false},
+    {"sglang", nullptr, "regex", nullptr, "ebnf", false},
+    {"llamacpp", nullptr, nullptr, nullptr, "grammar", false},
+    {{}, nullptr, nullptr, nullptr, nullptr, false},
+};
+
+const UpstreamWords& words_for(std::string_view owner) {
+    for (const UpstreamWords& row : upstream_words)
+        if (row.owner == owner) return row;
+    return std::end(upstream_words)[-1];
+}
+
+/// The fields that are called the same.
+constexpr std::string_view upstream_same[] = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "logit_bias",
+    "parallel_tool_calls",
+    "user",
+    "prompt_cache_key",
+};
+
+Error upstream_unsupported(const char* param, const char* what) {
+    return make_error(ErrorKind::invalid_request,
+                      join({"'", param, "': the model's server takes no ", what}),
+                      "unsupported_value", param);
+}
+
+/// Thoughts, text and calls of an answer stand in one message.
+class UpstreamMessages {
+public:
+    explicit UpstreamMessages(const Request& request) {
+        if (!request.instructions.empty()) say("system", request.instructions);
+        if (request.input.items.empty()) say("user", request.input.text);
+        for (const Item& item : request.input.items) add(item);
+        flush();
+    }
+    Json take() { return std::move(all_); }
+
+private:
+    void say(std::string_view role, std::string text) {
+        flush();
+        all_.push(Json::object().set("role", role).set("content", std::move(text)));
+    }
+    void add(const Item& item);
+    void add_call(const Item& item);
+    void flush() {
+        if (!answer_.is_null()) all_.push(std::exchange(answer_, Json()));
+    }
+
+    Json all_ = Json::array(), answer_ = {};
+};
+
+void UpstreamMessages::add(const Item& item) {
+    const bool result = item.kind == Item::Kind::function_call_output ||
+                        item.kind == Item::Kind::custom_tool_call_output;
+    if (result) {
+        flush();
+        all_.push(Json::object()
+                      .set("role", "tool")
+                      .set("tool_call_id", item.call_id)
+                      .set("content", item.text()));
+        return;
+    }
+    const bool thought = item.kind == Item::Kind::reasoning;
+    if (item.kind == Item::Kind::message && item.role != Role::assistant)  // templates know system
+        return say(role_name(item.role == Role::developer ? Role::system : item.role), item.text());
+    const bool follows = thought ? !answer_.is_null() : !answer_["content"].is_null();
+    if (!item.is_call() && (follows || !answer_["tool_calls"].is_null())) flush();
+    if (answer_.is_null())
+        answer_ = Json::object().set("role", "assistant").set("content", nullptr);
+    if (item.is_call()) return add_call(item);
+    answer_.set(thought ? "reasoning_content" : "content", item.text());
+}
+
+void UpstreamMessages::add_call(const Item& item) {
+    const bool custom = item.kind == Item::Kind::custom_tool_call;
+    const char* type = custom ? "custom" : "function";
+    if (!answer_.contains("tool_calls")) answer_.set("tool_calls", Json::array());
+    const Json called =
+        Json::object().set("name", item.name).set(custom ? "input" : "arguments", item.arguments);
+    answer_.find("tool_calls")
+        ->push(Json::object().set("id", item.call_id).set("type", type).set(type, called));
+}
+
+/// {type: T, ...} as Chat Completions write it: {type: T, T: {...}}.
+Json upstream_nested(const Json& flat) {
+    const std::string_view type = flat["type"].as_string();
+    Json rest = Json::object();
+    for (const JsonMember& member : flat.members())
+        if (member.key != "type" && !member.value.is_null()) rest.set(member.key, member.value);
+    return Json::object().set("type", type).set(type, std::move(rest));
+}
+
+Result<void> add_format(const Request& request, const UpstreamWords& words, const Json& flat,
+                        Json* body) {
+    const Format& format = request.format;
+    if (format.empty()) return {};
+    if (!format.schema.is_null() || words.own) {
+        body->set("response_format", format.schema.is_null() ? flat : upstream_nested(flat));
+        return {};
+    }
+    const char* name = !format.regex.empty()    ? words.regex
+                       : !format.one_of.empty() ? words.one_of
+                                                : words.gbnf;
+    if (!name) return upstream_unsupported("text.format", "format but JSON Schemas");
+    Json value = !format.regex.empty() ? Json(format.regex) : Json(format.gbnf);
+    if (!format.one_of.empty()) value = flat["choices"];
+    if (words.inside) body->set(words.inside, Json::object().set(name, std::move(value)));
+    else body->set(name, std::move(value));
+    return {};
+}
+
+/// Where only some may be called the others are not told of.
+Result<void> add_tools(const Request& request, const UpstreamWords& words, const Json& flat,
+                       Json* body) {
+    const ToolChoice& choice = request.tool_choice;
+    Json tools = Json::array();
+    for (size_t i = 0; i < request.tools.size(); ++i) {
+        const auto& names = choice.names;
+        const Tool& tool = request.tools[i];
+        if (tool.custom && !words.own) return upstream_unsupported("tools", "custom tools");
+        if (names.empty() || std::find(names.begin(), names.end(), tool.name) != names.end())
+            tools.push(upstream_nested(flat[i]));
+    }
+    if (tools.empty()) return {};
+    constexpr const char* modes[] = {"auto", "none", "required"};
+    Json chosen = modes[static_cast<size_t>(choice.mode)];
+    if (choice.mode == ToolChoice::Mode::required && choice.names.size() == 1) {
+        const std::string_view type = tools[0]["type"].as_string();
+        chosen = Json::object()
+                     .set("type", type)
+                     .set(type, Json::object().set("name", choice.names.front()));
+    }
+    body->set("tools", std::move(tools)).set("tool_choice", std::move(chosen));
+    return {};
+}
+
+/// Others know three words, and a switch of templates for none.
+void add_effort(Effort effort, const UpstreamWords& words, Json* body) {
+    if (effort == Effort::none && !words.own) {
+        body->set("chat_template_kwargs",
+                  Json::object().set("enable_thinking", false).set("thinking", false));
+        return;
+    }
+    const Effort said = words.own ? effort : std::clamp(effort, Effort::low, Effort::high);
+    body->set("reasoning_effort", effort_name(said));
+}
+
+void add_prompt(const Request& request, Json* body) {
+    const RawPrompt& raw = *request.raw;
+    std::string text = request.input.text;
+    for (const Item& item : request.input.items) text += item.text();
+    Json tokens = Json::array();
+    for (const int32_t token : raw.tokens) tokens.push(token);
+    body->set("prompt", tokens.empty() ? Json(std::move(text)) : std::move(tokens));
+    if (!raw.suffix.empty()) body->set("suffix", raw.suffix);
+    if (request.logprobs) body->set("logprobs", request.top_logprobs);
+}
+
+}  // namespace
+
+Result<UpstreamCall> upstream_call(const Request& request, std::string_view owner) {
+    const UpstreamWords& words = words_for(owner);
+    const bool raw = request.raw.has_value();
+    Request rest = request;
+    rest.input = {};
+    const Json flat = request_json(rest);
+    Json body = Json::object().set("model", request.model);
+    if (raw) add_prompt(request, &body);
+    else body.set("messages", UpstreamMessages(request).take());
+    for (const std::string_view name : upstream_same)
+        if (const Json& value = flat[name]; !value.is_null()) body.set(name, value);
+    if (request.max_output_tokens) {
+        body.set("max_tokens", *request.max_output_tokens);
+        if (!raw) body.set("max_completion_tokens", *request.max_output_tokens);
+    }
+    if (request.logprobs && !raw) {
+        body.set("logprobs", true);
+        if (request.top_logprobs > 0) body.set("top_logprobs", request.top_logprobs);
+    }
+    if (auto said = add_format(request, words, flat["text"]["format"], &body); !said)
+        return said.error();
+    if (auto said = add_tools(request, words, flat["tools"], &body); !said) return said.error();
+    if (request.effort) add_effort(*request.effort, words, &body);
+    if (words.own) body.set("store", false);  // this side keeps it
+    Json options = Json::object().set("include_usage", true);
+    if (request.prompt_progress && words.own) options.set("prompt_progress", true);
+    else if (request.prompt_progress) body.set("return_progress", true);
+    body.set("stream", true).set("stream_options", std::move(options));
+    return UpstreamCall{raw ? "/completions" : "/chat/completions", body.write(), request.stop,
+                        request.max_tool_calls.value_or(UINT32_MAX)};
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/upstream/answer.cpp -------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- What is answered --------------------------------------------------------------------------
+
+Error upstream_error(std::string_view why) {
+    return make_error(ErrorKind::closed, join({"the model's server failed: ", why}),
+                      upstream_error_code);
+}
+
+std::string upstream_said(const Json& message) {
+    constexpr size_t most_bytes = 500;
+    const std::string_view all = message.as_string("it reports an error").substr(0, most_bytes);
+    std::string said(all.substr(0, utf8_valid_prefix(all)));
+    for (char& c : said)
+        if (static_cast<unsigned char>(c) < ' ' || c == 0x7f) c = ' ';
+    return said;
+}
+
+namespace {
+
+uint32_t count_of(const Json& number) {
+    return static_cast<uint32_t>(std::min<uint64_t>(number.as_uint(), UINT32_MAX));
+}
+
+Usage usage_of(const Json& usage) {
+    return {count_of(usage["prompt_tokens"]),
+            count_of(usage["prompt_tokens_details"]["cached_tokens"]),
+            count_of(usage["completion_tokens"]),
+            count_of(usage["completion_tokens_details"]["reasoning_tokens"])};
+}
+
+/// Of a token: its own, since it may be a part of a character, else its text's.
+std::string bytes_of(const Json& token) {
+    std::string bytes;
+    for (const Json& byte : token["bytes"].items())
+        bytes += static_cast<char>(std::min<uint64_t>(byte.as_uint(), 255));
+    return token["bytes"].is_array() ? bytes : std::string(token["token"].as_string());
+}
+
+float logprob_of(const Json& number) { return static_cast<float>(number.as_double()); }
+
+}  // namespace
+
+Result<void> UpstreamAnswer::add(const Json& chunk, std::vector<Event>* events) {
+    if (const Json& error = chunk["error"]; !error.is_null())
+        return upstream_error(upstream_said(error["message"]));
+    if (chunk["usage"].is_object()) outcome_.usage = usage_of(chunk["usage"]);
+    if (const Json& progress = chunk["prompt_progress"]; progress.is_object()) {
+        Event event{Event::Kind::prompt_progress};
+        event.progress = {count_of(progress["total"]), count_of(progress["processed"]),
+                          count_of(progress["cache"])};
+        events->push_back(std::move(event));
+    }
+    const Json &choice = chunk["choices"][0], &delta = choice["delta"];
+    const Json& thought =
+        delta[delta["reasoning_content"].is_string() ? "reasoning_content" : "reasoning"];
+    add_text(Item::Kind::reasoning, thought.as_string(), {}, events);
+    const Json& text = choice["text"].is_string() ? choice["text"] : delta["content"];
+    add_text(Item::Kind::message, text.as_string(), read_tokens(choice["logprobs"]), events);
+    add_text(Item::Kind::message, delta["refusal"].as_string(), {}, events);
+    if (auto added = add_calls(delta["tool_calls"], events); !added) return added;
+    const Json& reason = choice["finish_reason"];
+    if (!reason.is_string()) return {};
+    if (reason.as_string() == "error") return upstream_error("it reports an error");
+    over_ = true;
+    outcome_.cut = reason.as_string() == "length";
+    for (const char* name : {"stop_reason", "matched_stop"}) {
+        const std::string word(choice[name].as_string());
+        if (std::find(call_.stop.begin(), call_.stop.end(), word) != call_.stop.end())
+            outcome_.stopped_by = word;
+    }
+    return {};
+}
+
+/// Of Chat Completions, or of Completions.
+std::vector<TokenLogprob> UpstreamAnswer::read_tokens(const Json& logprobs) const {
+    std::vector<TokenLogprob> tokens;
+    for (const Json& token : logprobs["content"].items()) {
+        tokens.push_back({bytes_of(token), logprob_of(token["logprob"])});
+        for (const Json& other : token["top_logprobs"].items())
+            tokens.back().top.push_back({bytes_of(other), logprob_of(other["logprob"])});
+    }
+    for (size_t i = 0; i < logprobs["tokens"].size(); ++i) {
+        tokens.push_back({std::string(logprobs["tokens"][i].as_string()),
+                          logprob_of(logprobs["token_logprobs"][i])});
+        for (const JsonMember& other : logprobs["top_logprobs"][i].members())
+            tokens.back().top.push_back({other.key, logprob_of(other.value)});
+        std::stable_sort(tokens.back().top.begin(), tokens.back().top.end(),
+                         [](const auto& a, const auto& b) { return a.logprob > b.logprob; });
+    }
+    return tokens;
+}
+
+void UpstreamAnswer::add_text(Item::Kind kind, std::string_view text,
+                              std::vector<TokenLogprob> tokens, std::vector<Event>* events) {
+    if (text.empty() && tokens.empty()) return;
+    auto& items = outcome_.items;
+    if (!open_ || items.back().kind != kind) {
+        Item item;
+        item.kind = kind;
+        item.role = Role::assistant;
+        item.content = {{ContentPart::Kind::output_text, {}}};
+        open(std::move(item), events);
+    }
+    items.back().content.front().text += text;
+    const bool message = kind == Item::Kind::message;
+    Event event{message ? Event::Kind::text_delta : Event::Kind::reasoning_delta};
+    event.text = text;
+    event.index = static_cast<uint32_t>(items.size() - 1);
+    for (TokenLogprob& token : tokens) token.item = event.index;
+    outcome_.logprobs.insert(outcome_.logprobs.end(), tokens.begin(), tokens.end());
+    event.logprobs = std::move(tokens);
+    events->push_back(std::move(event));
+}
+
+/// One after the other: a new index, or a new id where a server counts none, begins a call.
+Result<void> UpstreamAnswer::add_calls(const Json& calls, std::vector<Event>* events) {
+    for (const Json& call : calls.items()) {
+        const bool custom = call["custom"].is_object();
+        const Json& called = call[custom ? "custom" : "function"];
+        const int64_t index = call["index"].as_int(static_cast<int64_t>(calls_));
+        const std::string_view name = called["name"].as_string();
+        const bool calling = call_index_ == index && (skips_ || open_);
+        if (!calling) {
+            if (index < call_index_ || name.empty())
+                return upstream_error("it sent a part of a call that was not begun");
+            close(events);
+            call_index_ = index;
+            skips_ = calls_ == call_.max_calls;
+            if (!skips_) {
+                ++calls_;
+                Item item;
+                item.kind = custom ? Item::Kind::custom_tool_call : Item::Kind::function_call;
+                item.role = Role::assistant;
+                item.call_id = call["id"].as_string();
+                if (item.call_id.empty()) item.call_id = format("call_%u", calls_);
+                item.name = name;
+                open(std::move(item), events);
+            }
+        }
+        const std::string_view more = called[custom ? "input" : "arguments"].as_string();
+        if (skips_ || more.empty()) continue;
+        outcome_.items.back().arguments += more;
+        Event event{Event::Kind::arguments_delta};
+        event.text = more;
+        event.index = static_cast<uint32_t>(outcome_.items.size() - 1);
+        events->push_back(std::move(event));
+    }
+    return {};
+}
+
+void UpstreamAnswer::open(Item item, std::vector<Event>* events) {
+    close(events);
+    open_ = true;
+    Event event{Event::Kind::item_begun};
+    event.index = static_cast<uint32_t>(outcome_.items.size());
+    event.item = item;
+    event.item.content.clear();
+    events->push_back(std::move(event));
+    outcome_.items.push_back(std::move(item));
+}
+
+void UpstreamAnswer::close(std::vector<Event>* events) {
+    if (!std::exchange(open_, false)) return;
+    Event event{Event::Kind::item_ended};
+    event.index = static_cast<uint32_t>(outcome_.items.size() - 1);
+    event.item = outcome_.items.back();
+    events->push_back(std::move(event));
+}
+
+/// An answer that came to its end has a message or a call; a call that was cut is not part of it.
+Outcome UpstreamAnswer::finish(std::vector<Event>* events) {
+    auto& items = outcome_.items;
+    if (outcome_.cut && open_ && items.back().is_call()) {
+        items.pop_back();
+        open_ = false;
+    }
+    const bool thought_alone = std::all_of(items.begin(), items.end(), [](const Item& item) {
+        return item.kind == Item::Kind::reasoning;
+    });
+    if (thought_alone && !outcome_.cut) {
+        Item item = Item::message(Role::assistant, {});
+        item.content.front().kind = ContentPart::Kind::output_text;
+        open(std::move(item), events);
+    }
+    close(events);
+    for (const Item& item : items)
+        if (item.kind == Item::Kind::message) outcome_.text += item.text();
+    return std::move(outcome_);
+}
+
+Outcome UpstreamAnswer::broken(Status status, Error error) {
+    Outcome outcome = std::move(outcome_);
+    if (open_ && outcome.items.back().is_call()) outcome.items.pop_back();
+    for (const Item& item : outcome.items)
+        if (item.kind == Item::Kind::message) outcome.text += item.text();
+    outcome.status = status;
+    outcome.error = std::move(error);
+    return outcome;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/upstream/upstream.cpp -----------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+constexpr uint64_t upstream_open_ns = 5'000'000'000;           // for the first lists of models
+constexpr int upstream_list_ms = 5'000;                        // for one of them
+constexpr uint64_t upstream_list_bytes = 4 << 20;              // of it
+constexpr size_t upstream_most_models = 1000;                  // in it
+constexpr size_t upstream_most_id = 256;                       // of a model's name
+constexpr size_t upstream_event_bytes = 8 << 20;               // of an answer, one chunk
+constexpr uint64_t upstream_reply_bytes = 256 << 20;           // all of it
+constexpr int upstream_reply_ms = 24 * 3600 * 1000;            // likewise
+constexpr size_t upstream_refusal_bytes = 64 << 10;            // of what else it says
+constexpr uint64_t upstream_wait_ms[] = {0, 60'000, 300'000};  // behind asap: standard, flex
+static_assert(std::size(upstream_wait_ms) == std::size(kWindowNames));
+
+}  // namespace
+
+/// A server that is asked.
+struct UpstreamServer {
+    std::string host, path;  // of the URL; the path without /v1
+    uint16_t port = 0;
+    std::string name;  // in the log
+    std::vector<ModelInfo> models = {};
+    bool up = false, asked = false;
+    uint32_t running = 0;
+    uint64_t look_at_ms = 0;                      // when its models are asked for next
+    std::optional<uint64_t> look = std::nullopt;  // the call that asks
+
+    const ModelInfo* model(std::string_view id) const {
+        for (const ModelInfo& one : models)
+            if (one.id == id) return &one;
+        return nullptr;
+    }
+};
+
+struct UpstreamPrepared : Prepared {
+    const void* whose = nullptr;
+    UpstreamCall call;
+    std::string owned_by;
+    Window window = Window::standard;
+    bool patient = false;  // nobody is kept waiting by it
+    const void* owner() const override { return whose; }
+};
+
+/// A request on its way.
+struct UpstreamTask {
+    std::string id;
+    std::unique_ptr<UpstreamPrepared> prepared;
+    // Guarded by the mutex of all:
+    std::deque<Event> events = {};  // not polled yet
+    bool hungry = true;             // poll found nothing: the next event is announced
+    bool cancelled = false;
+    // Of the thread that asks:
+    uint64_t queued_ns = 0, sent_ns = 0, first_ns = 0;
+    std::vector<bool> tried = {};  // servers
+    size_t server = 0;
+    uint64_t call = 0;  // 0: it waits
+    bool begun = false, over = false;
+    std::optional<UpstreamAnswer> answer = {};
+    std::optional<SseReader> reader = {};
+    std::string refusal = {};         // the body of what is no answer
+    std::optional<Error> fault = {};  // found in the answer
+};
+using UpstreamTaskPtr = std::shared_ptr<UpstreamTask>;
+
+namespace {
+
+/// Of a URL its parts; "/v1" at its end is left out, the API is below it anyway.
+Result<UpstreamServer> read_upstream(const std::string& text) {
+    UpstreamServer server;
+    server.name = text;
+    if (unix_path(text)) {
+        server.host = text;
+        return server;
+    }
+    auto url = http_parse_url(text);
+    if (!url) return make_error(ErrorKind::invalid_request, url.error().message, {}, "urls");
+    if (url->tls || url->target.find('?') != std::string::npos)
+        return make_error(ErrorKind::invalid_request,
+                          url->tls ? "https is not spoken to upstream servers: put a proxy between"
+                                   : "the URL of an upstream server has no query",
+                          {}, "urls");
+    server.host = url->host;
+    server.port = url->port;
+    std::string_view path = url->target;
+    while (path.ends_with('/')) path.remove_suffix(1);
+    if (path.ends_with("/v1")) path.remove_suffix(3);
+    server.path = path;
+    return server;
+}
+
+/// Of GET /v1/models. What is no model is left out.
+std::vector<ModelInfo> read_models(const Json& list) {
+    std::vector<ModelInfo> models;
+    for (const Json& one : list["data"].items()) {
+        const std::string_view id = one["id"].as_string();
+        if (id.empty() || id.size() > upstream_most_id || models.size() == upstream_most_models)
+            continue;
+        ModelInfo model;
+        model.id = id;
+        model.created = one["created"].as_int();
+        model.owned_by = one["owned_by"].as_string("upstream").substr(0, upstream_most_id);
+        const uint64_t context = one["max_model_len"].as_uint(one["meta"]["n_ctx"].as_uint());
+        model.context_tokens = static_cast<uint32_t>(std::min<uint64_t>(context, UINT32_MAX));
+        model.tools = model.thinking = true;
+        models.push_back(std::move(model));
+    }
+    return models;
+}
+
+/// Only the server knows; what it says comes with the end of its answer.
+uint32_t estimate_tokens(const Request& request) {
+    size_t bytes = request.instructions.size() + request.input.text.size();
+    for (const Item& item : request.input.items)
+        bytes += item.text().size() + item.arguments.size();
+    return static_cast<uint32_t>(std::min<size_t>(1 + bytes / 4, UINT32_MAX));
+}
+
+/// What clients are told: no addresses.
+const char* upstream_trouble(ErrorKind kind) {
+    switch (kind) {
+        case ErrorKind::timeout: return "it did not answer in time";
+        case ErrorKind::too_large: return "its answer was too long";
+        case ErrorKind::bad_data: return "it broke off, or sent what is no HTTP";
+        default: return "it cannot be reached";
+    }
+}
+
+/// Statuses that say something of the request, which other servers would say as well.
+bool upstream_blames_request(int status) { return status == 400 || status == 413 || status == 422; }
+
+}  // namespace
+
+struct UpstreamLoop : Responder, HttpCaller {
+    explicit UpstreamLoop(const UpstreamOptions& given, Poller made)
+        : options(given), poller(std::move(made)), client(&poller) {}
+    ~UpstreamLoop() override;
+    Result<void> start();
+
+    std::vector<ModelInfo> models() const override;
+    Result<std::unique_ptr<Prepared>> prepare(const Request& request) override;
+    Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) override;
+    std::optional<Event> poll(const std::string& id) override;
+    void cancel(const std::string& id) override;
+    ResponderStats stats() const override;
+    void on_ready(const ReadyListener& listener) override { announcer.set(listener); }
+
+    // In the thread that asks.
+    void run();
+    void take_arrivals();
+    void send_waiting();
+    enum class Choice : uint8_t { chosen, all_busy, none };
+    Choice choose(UpstreamTask& task) const;
+    void send(const UpstreamTaskPtr& task);
+    void look_at(UpstreamServer& server);
+    void looked(UpstreamServer& server, const Result<HttpReply>& reply);
+    void set_up(UpstreamServer& server, bool up, std::string_view why);
+    HttpErrand errand_to(const UpstreamServer& server, const char* method,
+                         std::string target) const;
+    void on_piece(uint64_t call, int status, std::string_view bytes) override;
+    void read_chunk(UpstreamTask& task, std::string_view data);
+    void on_reply(uint64_t call, Result<HttpReply> reply) override;
+    void answered(const UpstreamTaskPtr& task, const Result<HttpReply>& reply);
+    void try_another(const UpstreamTaskPtr& task, Error error);
+    void push(UpstreamTask& task, std::vector<Event> events);
+    void end(const UpstreamTaskPtr& task, Outcome outcome, std::vector<Event> events = {});
+    void end(const UpstreamTaskPtr& task, Status status, Error error);
+
+    const Process process;
+    const UpstreamOptions options;
+    Poller poller;
+    HttpClient client;
+    Announcer announcer;
+    std::atomic<uint32_t> unasked{0};  // servers; open() sleeps on it
+    std::atomic<bool> ending{false};
+    Thread thread;
+
+    std::unordered_map<uint64_t, UpstreamTaskPtr> calls;
+    std::multimap<uint64_t, UpstreamTaskPtr> waiting;  // by when they should be sent
+
+    mutable std::mutex mutex;             // guards what follows
+    std::vector<UpstreamServer> servers;  // changed by the thread that asks alone
+    std::unordered_map<std::string, UpstreamTaskPtr> tasks;
+    std::vector<UpstreamTaskPtr> arrivals;  // and those that were cancelled
+    ResponderStats counts;
+};
+
+// ---- The Responder -----------------------------------------------------------------------------
+
+std::vector<ModelInfo> UpstreamLoop::models() const {
+    std::vector<ModelInfo> all;
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const UpstreamServer& server : servers)
+        for (const ModelInfo& model : server.models) {
+            const auto same = std::find_if(
+                all.begin(), all.end(), [&](const ModelInfo& one) { return one.id == model.id; });
+            if (same != all.end()) {
+                same->ready |= server.up;
+                continue;
+            }
+            all.push_back(model);
+            all.back().ready = server.up;
+        }
+    return all;
+}
+
+Result<std::unique_ptr<Prepared>> UpstreamLoop::prepare(const Request& given) {
+    if (auto checked = check_request(given); !checked) return checked.error();
+    Request request = given;
+    const std::vector<ModelInfo> all = models();
+    const auto model = std::find_if(all.begin(), all.end(), [&](const ModelInfo& one) {
+        return request.model.empty() || one.id == request.model;
+    });
+    if (model == all.end())
+        return make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
+                          "model_not_found", "model");
+    if (!model->ready && !request.background)
+        return upstream_error(upstream_trouble(ErrorKind::io));
+    request.model = model->id;
+    if (!request.seed) {  // so that it is the same one when it has to be sent again
+        uint64_t drawn = 0;
+        if (auto random = random_bytes(&drawn, sizeof drawn); !random) return random.error();
+        request.seed = static_cast<int64_t>(drawn >> 33);  // 31 bits: all servers take it
+    }
+    auto call = upstream_call(request, model->owned_by);
+    if (!call) return call.error();
+    auto out = std::make_unique<UpstreamPrepared>();
+    out->whose = this;
+    out->call = std::move(*call);
+    out->owned_by = model->owned_by;
+    out->window = request.window;
+    out->patient = request.background;
+    out->model = model->id;
+    out->input_tokens = estimate_tokens(request);
+    out->temperature = request.temperature.value_or(1);
+    out->top_p = request.top_p.value_or(1);
+    out->seed = *request.seed;
+    return std::unique_ptr<Prepared>(std::move(out));
+}
+
+Result<void> UpstreamLoop::submit(std::unique_ptr<Prepared> prepared, std::string id) {
+    if (!prepared || prepared->owner() != this)
+        return make_error(ErrorKind::invalid_request,
+                          "submit(): the request was not prepared by this upstream");
+    auto task = std::make_shared<UpstreamTask>();
+    task->id = std::move(id);
+    task->prepared.reset(static_cast<UpstreamPrepared*>(prepared.release()));
+    task->queued_ns = monotonic_ns();
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (counts.queued >= options.max_queued)
+            return make_error(ErrorKind::overloaded,
+                              format("%u requests are waiting already", counts.queued),
+                              "overloaded");
+        if (!tasks.emplace(task->id, task).second)
+            return make_error(ErrorKind::internal, "the id " + task->id + " is in use");
+        ++counts.queued;
+        arrivals.push_back(std::move(task));
+    }
+    poller.wake();
+    return {};
+}
+
+std::optional<Event> UpstreamLoop::poll(const std::string& id) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = tasks.find(id);
+    if (found == tasks.end()) return std::nullopt;
+    UpstreamTask& task = *found->second;
+    task.hungry = task.events.empty();
+    if (task.hungry) return std::nullopt;
+    Event event = std::move(task.events.front());
+    task.events.pop_front();
+    if (event.kind == Event::Kind::finished) tasks.erase(found);
+    return event;
+}
+
+void UpstreamLoop::cancel(const std::string& id) {
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        const auto found = tasks.find(id);
+        if (found == tasks.end() || std::exchange(found->second->cancelled, true)) return;
+        arrivals.push_back(found->second);
+    }
+    poller.wake();
+}
+
+ResponderStats UpstreamLoop::stats() const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return counts;
+}
+
+// ---- The thread that asks ----------------------------------------------------------------------
+
+Result<void> UpstreamLoop::start() {
+    unasked = static_cast<uint32_t>(servers.size());
+    auto started = Thread::start([](void* self) { static_cast<UpstreamLoop*>(self)->run(); }, this,
+                                 "valar upstream");
+    if (!started) return started.error();
+    thread = std::move(*started);
+    const uint64_t until = monotonic_ns() + upstream_open_ns;
+    for (uint64_t now = monotonic_ns(); now < until; now = monotonic_ns())
+        if (const uint32_t left = unasked) wait_on(&unasked, left, until - now);
+        else break;
+    return {};
+}
+
+UpstreamLoop::~UpstreamLoop() {
+    ending = true;
+    poller.wake();
+    if (thread.joinable()) thread.join();
+}
+
+void UpstreamLoop::run() {
+    std::vector<PollEvent> events;
+    while (!ending) {
+        const uint64_t now = http_now_ms();
+        take_arrivals();
+        uint64_t next = http_no_deadline;
+        for (UpstreamServer& server : servers) {
+            if (!server.look && server.look_at_ms <= now) look_at(server);
+            if (!server.look) next = std::min(next, server.look_at_ms);
+        }
+        send_waiting();
+        client.step(http_now_ms());
+        next = std::min(next, client.deadline());
+        const uint64_t left = next - std::min(next, http_now_ms());
+        // Without a poller nothing can be heard; the calls end by their times.
+        if (auto waited = poller.wait(static_cast<int>(std::min<uint64_t>(left, 60'000)), &events);
+            !waited)
+            events.clear();
+        for (const PollEvent& event : events) client.on_event(event);
+    }
+}
+
+/// New ones wait, and those that were cancelled end.
+void UpstreamLoop::take_arrivals() {
+    std::vector<UpstreamTaskPtr> news, ended;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (UpstreamTaskPtr& task : arrivals)
+            (task->cancelled ? ended : news).push_back(std::move(task));
+        arrivals.clear();
+    }
+    for (const UpstreamTaskPtr& task : news) {
+        const auto window = static_cast<size_t>(task->prepared->window);
+        task->tried.resize(servers.size());
+        waiting.emplace(task->queued_ns / 1'000'000 + upstream_wait_ms[window], task);
+    }
+    for (const UpstreamTaskPtr& task : ended) {
+        if (task->over) continue;
+        if (task->call) client.cancel(task->call);
+        else std::erase_if(waiting, [&](const auto& one) { return one.second == task; });
+        end(task, Status::cancelled, make_error(ErrorKind::cancelled, "cancelled"));
+    }
+}
+
+/// The least busy of the servers that have the model, are up, and were not asked for it yet.
+UpstreamLoop::Choice UpstreamLoop::choose(UpstreamTask& task) const {
+    const UpstreamPrepared& wanted = *task.prepared;
+    Choice choice = Choice::none;
+    for (size_t i = 0; i < servers.size(); ++i) {
+        const UpstreamServer& server = servers[i];
+        const ModelInfo* model = server.model(wanted.model);
+        if (!server.up || task.tried[i] || !model || model->owned_by != wanted.owned_by) continue;
+        if (server.running >= options.max_running) {
+            if (choice == Choice::none) choice = Choice::all_busy;
+        } else if (choice != Choice::chosen || server.running < servers[task.server].running) {
+            choice = Choice::chosen;
+            task.server = i;
+        }
+    }
+    return choice;
+}
+
+void UpstreamLoop::send_waiting() {
+    size_t up = 0, busy = 0;
+    for (const UpstreamServer& server : servers) {
+        up += server.up;
+        busy += server.up && server.running >= options.max_running;
+    }
+    if (up > 0 && busy == up) return;
+    for (auto at = waiting.begin(); at != waiting.end();) {
+        const UpstreamTaskPtr task = at->second;
+        const Choice choice = choose(*task);
+        const bool waits = task->prepared->patient &&
+                           !task->fault;  // as long as nobody failed at it
+        if (choice == Choice::all_busy || (choice == Choice::none && waits)) {
+            ++at;
+            continue;
+        }
+        at = waiting.erase(at);
+        if (choice == Choice::chosen) send(task);
+        else
+            end(task, Status::failed,
+                task->fault.value_or(upstream_error(upstream_trouble(ErrorKind::io))));
+    }
+}
+
+HttpErrand UpstreamLoop::errand_to(const UpstreamServer& server, const char* method,
+                                   std::string target) const {
+    HttpErrand errand;
+    errand.call.host = server.host;
+    errand.call.port = server.port;
+    errand.call.method = method;
+    errand.call.target = server.path + "/v1" + std::move(target);
+    if (!options.key.empty()) errand.call.headers = {{"Authorization", "Bearer " + options.key}};
+    errand.keeps_alive = true;
+    return errand;
+}
+
+void UpstreamLoop::send(const UpstreamTaskPtr& task) {
+    UpstreamServer& server = servers[task->server];
+    const UpstreamCall& call = task->prepared->call;
+    HttpErrand errand = errand_to(server, "POST", call.target);
+    errand.call.headers.push_back({"Content-Type", "application/json"});
+    errand.call.body = call.body;
+    errand.call.timeout_ms = upstream_reply_ms;
+    errand.call.max_reply_bytes = upstream_reply_bytes;
+    errand.silence_timeout_ms = options.silence_timeout_ms;
+    errand.streams = true;
+    task->tried[task->server] = true;
+    task->answer.emplace(call);
+    task->reader.emplace(upstream_event_bytes);
+    task->refusal.clear();
+    task->fault.reset();
+    task->sent_ns = monotonic_ns();
+    ++server.running;
+    task->call = client.start(std::move(errand), this);
+    calls.emplace(task->call, task);
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        --counts.queued;
+        ++counts.running;
+    }
+    if (!std::exchange(task->begun, true)) push(*task, {Event{Event::Kind::started}});
+}
+
+// ---- Which servers there are -------------------------------------------------------------------
+
+void UpstreamLoop::look_at(UpstreamServer& server) {
+    HttpErrand errand = errand_to(server, "GET", "/models");
+    errand.call.timeout_ms = upstream_list_ms;
+    errand.call.max_reply_bytes = upstream_list_bytes;
+    server.look = client.start(std::move(errand), this);
+}
+
+void UpstreamLoop::looked(UpstreamServer& server, const Result<HttpReply>& reply) {
+    server.look.reset();
+    std::string why = reply ? format("its list of models has status %d", reply->status)
+                            : reply.error().message;
+    bool up = false;
+    if (reply && reply->status == 200) {
+        const auto list = Json::parse(reply->body);
+        up = list && (*list)["data"].is_array();
+        why = "its list of models is none";
+        if (up) {
+            std::vector<ModelInfo> found = read_models(*list);
+            const std::lock_guard<std::mutex> lock(mutex);
+            server.models = std::move(found);
+        }
+    }
+    set_up(server, up, why);
+    server.look_at_ms = http_now_ms() + (up ? options.refresh_ms : options.retry_ms);
+    if (std::exchange(server.asked, true)) return;
+    --unasked;
+    wake(&unasked);
+}
+
+void UpstreamLoop::set_up(UpstreamServer& server, bool up, std::string_view why) {
+    if (server.up == up && server.asked) return;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        server.up = up;
+    }
+    options.log(up ? LogLevel::info : LogLevel::warning,
+                join({"upstream ", server.name,
+                      up ? " answers" : " is down: ", up ? std::string_view() : why}));
+}
+
+// ---- Answers -----------------------------------------------------------------------------------
+
+void UpstreamLoop::on_piece(uint64_t call, int status, std::string_view bytes) {
+    const auto found = calls.find(call);
+    if (found == calls.end()) return;
+    UpstreamTask& task = *found->second;
+    if (status != 200) {
+        const size_t room = upstream_refusal_bytes - task.refusal.size();
+        task.refusal.append(bytes.substr(0, room));
+        return;
+    }
+    for (size_t used = 0; !bytes.empty() && !task.fault; bytes.remove_prefix(used)) {
+        const SseReader::Found next = task.reader->feed(bytes, &used);
+        if (next == SseReader::Found::fault) task.fault = upstream_error("an event was too long");
+        if (next == SseReader::Found::event) read_chunk(task, task.reader->data());
+    }
+    if (!task.fault) return;
+    // What it said is no answer: it is not heard to its end.
+    client.cancel(call);
+    const UpstreamTaskPtr kept = found->second;
+    answered(kept, HttpReply{200, {}, {}});
+}
+
+void UpstreamLoop::read_chunk(UpstreamTask& task, std::string_view data) {
+    if (data == "[DONE]") return;
+    const auto chunk = Json::parse(data);
+    if (!chunk) {
+        task.fault = upstream_error("it sent what is no JSON");
+        return;
+    }
+    std::vector<Event> events;
+    if (auto read = task.answer->add(*chunk, &events); !read) task.fault = read.error();
+    if (events.empty()) return;
+    if (task.first_ns == 0) task.first_ns = monotonic_ns();
+    push(task, std::move(events));
+}
+
+void UpstreamLoop::on_reply(uint64_t call, Result<HttpReply> reply) {
+    for (UpstreamServer& server : servers)
+        if (server.look == call) return looked(server, reply);
+    if (const auto found = calls.find(call); found != calls.end()) {
+        const UpstreamTaskPtr task = found->second;
+        answered(task, reply);
+    }
+}
+
+/// The call is over: with the answer, with a refusal, or in the middle.
+void UpstreamLoop::answered(const UpstreamTaskPtr& task, const Result<HttpReply>& reply) {
+    UpstreamServer& server = servers[task->server];
+    if (!reply && !task->answer->is_over()) {
+        options.log(LogLevel::warning,
+                    join({"upstream ", server.name, ", ", task->id, ": ", reply.error().message}));
+        server.look_at_ms = 0;
+        set_up(server, false, reply.error().message);
+        return try_another(task, upstream_error(upstream_trouble(reply.error().kind)));
+    }
+    if (task->fault) {
+        options.log(LogLevel::warning,
+                    join({"upstream ", server.name, ", ", task->id, ": ", task->fault->message}));
+        return try_another(task, *task->fault);
+    }
+    if (!reply || reply->status == 200) {
+        if (!task->answer->is_over())
+            return try_another(task, upstream_error("its answer ended in the middle"));
+        std::vector<Event> events;
+        Outcome outcome = task->answer->finish(&events);
+        return end(task, std::move(outcome), std::move(events));
+    }
+    const auto body = Json::parse(task->refusal);
+    const Json said = body ? ((*body)["error"].is_object() ? (*body)["error"] : *body) : Json();
+    const std::string message = upstream_said(said["message"]);
+    options.log(LogLevel::warning, join({"upstream ", server.name, ", ", task->id, ": status ",
+                                         std::to_string(reply->status), " ", message}));
+    if (!upstream_blames_request(reply->status)) {
+        if (reply->status == 404) server.look_at_ms = 0;  // its models may be others by now
+        return try_another(
+            task, upstream_error("it answered with status " + std::to_string(reply->status)));
+    }
+    const bool length = said["code"].as_string() == "context_length_exceeded" ||
+                        message.find("context length") != message.npos;
+    end(task, Status::failed,
+        make_error(ErrorKind::invalid_request, message,
+                   length ? "context_length_exceeded" : "invalid_value"));
+}
+
+/// As long as nobody saw anything of an answer; else it has failed.
+void UpstreamLoop::try_another(const UpstreamTaskPtr& task, Error error) {
+    if (task->first_ns != 0) return end(task, Status::failed, std::move(error));
+    --servers[task->server].running;
+    calls.erase(std::exchange(task->call, 0));
+    task->fault = std::move(error);
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        --counts.running;
+        ++counts.queued;
+    }
+    waiting.emplace(0, task);
+    poller.wake();
+}
+
+/// Text that is not polled yet is joined.
+void UpstreamLoop::push(UpstreamTask& task, std::vector<Event> events) {
+    bool announce = false;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (Event& event : events) {
+            Event* last = task.events.empty() ? nullptr : &task.events.back();
+            const bool delta = !event.text.empty() || !event.logprobs.empty();
+            if (delta && last && last->kind == event.kind && last->index == event.index) {
+                last->text += event.text;
+                last->logprobs.insert(last->logprobs.end(), event.logprobs.begin(),
+                                      event.logprobs.end());
+            } else {
+                task.events.push_back(std::move(event));
+            }
+        }
+        announce = std::exchange(task.hungry, false);
+    }
+    if (announce) announcer.call(task.id);
+}
+
+void UpstreamLoop::end(const UpstreamTaskPtr& task, Status status, Error error) {
+    Outcome outcome;
+    if (task->answer) outcome = task->answer->broken(status, error);
+    outcome.status = status;
+    outcome.error = std::move(error);
+    end(task, std::move(outcome), {});
+}
+
+void UpstreamLoop::end(const UpstreamTaskPtr& task, Outcome outcome, std::vector<Event> events) {
+    const uint64_t now = monotonic_ns();
+    const uint64_t sent = task->sent_ns ? task->sent_ns : now;
+    const uint64_t first = task->first_ns ? task->first_ns : now;
+    outcome.timings = {(sent - task->queued_ns) / 1000, (first - sent) / 1000,
+                       (now - first) / 1000};
+    task->over = true;
+    if (task->call) --servers[task->server].running;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        --(task->call ? counts.running : counts.queued);
+        ++(outcome.status == Status::completed   ? counts.completed
+           : outcome.status == Status::cancelled ? counts.cancelled
+                                                 : counts.failed);
+        counts.input_tokens += outcome.usage.input_tokens;
+        counts.output_tokens += outcome.usage.output_tokens;
+        counts.cached_tokens += outcome.usage.cached_tokens;
+        counts.queue_us += outcome.timings.queue_us;
+        counts.prefill_us += outcome.timings.prefill_us;
+        counts.decode_us += outcome.timings.decode_us;
+    }
+    if (task->call) calls.erase(task->call);
+    Event last{Event::Kind::finished};
+    last.outcome = std::make_shared<const Outcome>(std::move(outcome));
+    events.push_back(std::move(last));
+    push(*task, std::move(events));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+
+struct Upstream::State : detail::UpstreamLoop {
+    using UpstreamLoop::UpstreamLoop;
+};
+
+Result<Upstream> Upstream::open(const UpstreamOptions& options) {
+    const auto refuse = [](const char* option, const char* message) {
+        return detail::make_error(ErrorKind::invalid_request, message, {}, option);
+    };
+    if (options.urls.empty()) return refuse("urls", "there is no upstream server");
+    if (options.max_running == 0) return refuse("max_running", "0 lets no request through");
+    if (options.refresh_ms == 0) return refuse("refresh_ms", "0 would ask without end");
+    if (options.retry_ms == 0) return refuse("retry_ms", "0 would ask without end");
+    if (!detail::http_field_ok({"Authorization", options.key}))
+        return refuse("key", "the key holds invalid characters");
+    auto poller = detail::Poller::open();
+    if (!poller) return poller.error();
+    auto state = std::make_unique<State>(options, std::move(*poller));
+    for (const std::string& url : options.urls) {
+        auto server = detail::read_upstream(url);
+        if (!server) return server.error();
+        state->servers.push_back(std::move(*server));
+    }
+    if (auto started = state->start(); !started) return started.error();
+    return Upstream(std::move(state));
+}
+
+Upstream::Upstream(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Upstream::Upstream(Upstream&& other) noexcept = default;
+Upstream& Upstream::operator=(Upstream&& other) noexcept = default;
+Upstream::~Upstream() { detail::leave_to_parent(state_); }
+
+Responder* Upstream::responder() { return state_.get(); }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
 // ---- src/store/index.hpp -----------------------------------------------------------------------
 
 namespace valar {
@@ -53045,7 +54287,10 @@ void ServerLoop::finish_work(FinishJob& job) {
         if (const auto object = Json::parse(*job.stored.object))
             for (const Json& item : (*object)["output"].items()) job.said.push_back(item);
     }
-    if (job.form.surface) job.answer = render_answer(job.form, *job.stored.object, options.dialect);
+    if (!job.form.surface) return;
+    if (record.status == Status::completed)
+        job.answer = render_answer(job.form, *job.stored.object, options.dialect);
+    else job.answer = surface_failure(outcome);  // the object says less in the openai dialect
 }
 
 void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
@@ -56017,6 +57262,7 @@ constexpr DocStatus doc_statuses[] = {
     {431, DocScope::all, "The header fields are too long, or too many."},
     {500, DocScope::all, "Our own fault."},
     {501, DocScope::all, "A transfer coding other than chunked."},
+    {502, DocScope::body, "The server failed that the model is asked of."},
     {503, DocScope::all, "There is no room for it now, or no model is ready."},
     {504, DocScope::waits, "The response was not finished in time; it goes on."},
     {505, DocScope::all, "Only HTTP/1.1 and HTTP/1.0 are spoken."},
@@ -57396,13 +58642,14 @@ _Pragma("pop_macro(\"bits\")") _Pragma("pop_macro(\"blank\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"block_size\")") _Pragma("pop_macro(\"body\")") _Pragma("pop_macro(\"bool\")")
 _Pragma("pop_macro(\"boolean\")") _Pragma("pop_macro(\"border\")") _Pragma("pop_macro(\"bound\")")
 _Pragma("pop_macro(\"bounds\")") _Pragma("pop_macro(\"break\")") _Pragma("pop_macro(\"buffer\")")
-_Pragma("pop_macro(\"by\")") _Pragma("pop_macro(\"byte\")") _Pragma("pop_macro(\"bytes\")")
-_Pragma("pop_macro(\"bzero\")") _Pragma("pop_macro(\"c\")") _Pragma("pop_macro(\"cache\")")
-_Pragma("pop_macro(\"call\")") _Pragma("pop_macro(\"calloc\")") _Pragma("pop_macro(\"cancel\")")
-_Pragma("pop_macro(\"case\")") _Pragma("pop_macro(\"catch\")") _Pragma("pop_macro(\"ceil\")")
-_Pragma("pop_macro(\"chain\")") _Pragma("pop_macro(\"change\")") _Pragma("pop_macro(\"char\")")
-_Pragma("pop_macro(\"char16_t\")") _Pragma("pop_macro(\"char32_t\")")
-_Pragma("pop_macro(\"char8_t\")") _Pragma("pop_macro(\"chdir\")") _Pragma("pop_macro(\"check\")")
+_Pragma("pop_macro(\"busy\")") _Pragma("pop_macro(\"by\")") _Pragma("pop_macro(\"byte\")")
+_Pragma("pop_macro(\"bytes\")") _Pragma("pop_macro(\"bzero\")") _Pragma("pop_macro(\"c\")")
+_Pragma("pop_macro(\"cache\")") _Pragma("pop_macro(\"call\")") _Pragma("pop_macro(\"calloc\")")
+_Pragma("pop_macro(\"cancel\")") _Pragma("pop_macro(\"case\")") _Pragma("pop_macro(\"catch\")")
+_Pragma("pop_macro(\"ceil\")") _Pragma("pop_macro(\"chain\")") _Pragma("pop_macro(\"change\")")
+_Pragma("pop_macro(\"char\")") _Pragma("pop_macro(\"char16_t\")")
+_Pragma("pop_macro(\"char32_t\")") _Pragma("pop_macro(\"char8_t\")")
+_Pragma("pop_macro(\"chdir\")") _Pragma("pop_macro(\"check\")")
 _Pragma("pop_macro(\"check_text\")") _Pragma("pop_macro(\"check_type\")")
 _Pragma("pop_macro(\"child\")") _Pragma("pop_macro(\"chmod\")") _Pragma("pop_macro(\"clamp\")")
 _Pragma("pop_macro(\"class\")") _Pragma("pop_macro(\"clear\")") _Pragma("pop_macro(\"clearerr\")")
@@ -57616,9 +58863,10 @@ _Pragma("pop_macro(\"seconds\")") _Pragma("pop_macro(\"section\")") _Pragma("pop
 _Pragma("pop_macro(\"seek\")") _Pragma("pop_macro(\"seekdir\")") _Pragma("pop_macro(\"segment\")")
 _Pragma("pop_macro(\"select\")") _Pragma("pop_macro(\"selected\")") _Pragma("pop_macro(\"self\")")
 _Pragma("pop_macro(\"send\")") _Pragma("pop_macro(\"sendmsg\")") _Pragma("pop_macro(\"sendto\")")
-_Pragma("pop_macro(\"serial\")") _Pragma("pop_macro(\"set\")") _Pragma("pop_macro(\"set_key\")")
-_Pragma("pop_macro(\"set_string\")") _Pragma("pop_macro(\"setenv\")")
-_Pragma("pop_macro(\"setp\")") _Pragma("pop_macro(\"setsockopt\")") _Pragma("pop_macro(\"seven\")")
+_Pragma("pop_macro(\"serial\")") _Pragma("pop_macro(\"server\")") _Pragma("pop_macro(\"set\")")
+_Pragma("pop_macro(\"set_key\")") _Pragma("pop_macro(\"set_string\")")
+_Pragma("pop_macro(\"setenv\")") _Pragma("pop_macro(\"setp\")")
+_Pragma("pop_macro(\"setsockopt\")") _Pragma("pop_macro(\"seven\")")
 _Pragma("pop_macro(\"shape\")") _Pragma("pop_macro(\"shared\")") _Pragma("pop_macro(\"shift\")")
 _Pragma("pop_macro(\"short\")") _Pragma("pop_macro(\"short_size\")") _Pragma("pop_macro(\"show\")")
 _Pragma("pop_macro(\"shutdown\")") _Pragma("pop_macro(\"side\")") _Pragma("pop_macro(\"sign\")")

@@ -136,6 +136,8 @@ inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their
 inline constexpr size_t kMaxStopBytes = 256;
 inline constexpr double kMaxBias = 100;
 
+/// Of ErrorKind::closed: another server, which was to answer, failed.
+inline constexpr const char* upstream_error_code = "upstream_error";
 /// What is wrong with a field, or nothing.
 using Fault = std::optional<Error>;
 Error api_error(const char* code, std::string path, std::string message);

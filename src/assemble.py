@@ -53,6 +53,7 @@ SECTIONS = {
                "engine/answer.cpp", "engine/scheduler.cpp", "engine/batch.cpp", "engine/engine.cpp",
                "engine/conversation.cpp", "engine/pool.hpp", "engine/pool.cpp"],
     "http": ["http/http.hpp", "http/text.cpp", "http/url.cpp", "http/parser.cpp", "http/server.cpp", "http/sse.cpp", "http/client.cpp"],
+    "upstream": ["upstream/upstream.hpp", "upstream/request.cpp", "upstream/answer.cpp", "upstream/upstream.cpp"],
     "store": ["store/store.hpp", "store/index.cpp", "store/journal.cpp", "store/recover.cpp",
               "store/commit.cpp", "store/backup.cpp"],
     "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/keys.cpp", "server/log.cpp", "server/loop.cpp",
@@ -62,11 +63,11 @@ SECTIONS = {
                "server/page.cpp", "server/page_text.cpp"],
 }
 # Sections between VALAR_COLD_BEGIN and _END (prologue.hpp), but for the parts that make token masks.
-COLD = ["api", "template", "grammar", "store", "server"]
+COLD = ["api", "template", "grammar", "upstream", "store", "server"]
 WARM = ["grammar/dfa.cpp", "grammar/state.cpp", "grammar/mask.cpp"]
 # Who uses valar.hpp reads its declaration part from end to end: it stays short enough for that. What it
 # lacks room for belongs into an internal header, or replaces something.
-MOST_DECLARATION_LINES = 1935
+MOST_DECLARATION_LINES = 1985
 SYSTEM = ["base/system.hpp", "kernels/intrinsics.hpp"]  # conditional system headers: to the prologue
 # A page as a part; compilers join at most some 64 KB of literals, MSVC 16 KB.
 PAGE, PAGE_PART, PAGE_PIECE = "server/page.html", "server/page_text.cpp", 8000

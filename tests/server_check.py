@@ -30,6 +30,11 @@ def read(*path):
 
 # Options that no flag sets, and why.
 NOT_A_FLAG = {
+    "UpstreamOptions": {
+        "max_queued": "the server's, with the same flag",
+        "retry_ms": "a second is right",
+        "log": "--quiet and --log-json",
+    },
     "EngineOptions": {
         "model_bytes": "for hosts: memory of theirs",
         "model_reader": "for hosts: a callback",
@@ -58,13 +63,14 @@ NOT_A_FLAG = {
     },
 }
 VARIABLES = {"EngineOptions": r"(?:model|options)", "ServerOptions": "server",
-             "MemoryStoreOptions": "memory_store", "FileStoreOptions": "journal"}
+             "MemoryStoreOptions": "memory_store", "FileStoreOptions": "journal",
+             "UpstreamOptions": "upstream"}
 
 
 def check_options():
     headers = read("src", "engine", "engine.hpp") + read("src", "server", "server.hpp") \
-        + read("src", "store", "store.hpp")
-    program = read("examples", "server.cpp")
+        + read("src", "store", "store.hpp") + read("src", "upstream", "upstream.hpp")
+    program = read("examples", "server.cpp") + read("examples", "serving.hpp") + read("examples", "gateway.cpp")
     common = read("examples", "common.hpp")
     common = common[common.index("add_model_flags"):common.index("add_model_flags") + 3000]
     for struct, excepted in NOT_A_FLAG.items():

@@ -339,6 +339,12 @@ const char* chat_finish(const Outcome& outcome, Dialect dialect) {
     return called ? "tool_calls" : "stop";
 }
 
+/// How it ended, and which stop string ended it, as vLLM says it.
+void set_chat_end(Json& choice, const Outcome& outcome, Dialect dialect) {
+    choice.set("finish_reason", chat_finish(outcome, dialect));
+    if (!outcome.stopped_by.empty()) choice.set("stop_reason", outcome.stopped_by);
+}
+
 Result<std::string> chat_render(const std::string& object, Dialect dialect) {
     auto parsed = Json::parse(object);
     if (!parsed) return parsed.error();
@@ -368,8 +374,8 @@ Result<std::string> chat_render(const std::string& object, Dialect dialect) {
     Json choice = Json::object()
                       .set("index", 0)
                       .set("message", std::move(message))
-                      .set("logprobs", std::move(logprobs))
-                      .set("finish_reason", chat_finish(outcome, dialect));
+                      .set("logprobs", std::move(logprobs));
+    set_chat_end(choice, outcome, dialect);
     return Json::object()
         .set("id", chat_id(response["id"].as_string()))
         .set("object", "chat.completion")
@@ -402,7 +408,7 @@ public:
 
 private:
     void write(const Json& chunk) { text_.append("data: ").append(chunk.write()).append("\n\n"); }
-    void add_delta(Json delta, Json logprobs = nullptr, Json finish_reason = nullptr);
+    void add_delta(Json delta, Json logprobs = nullptr, const Outcome* ended = nullptr);
     void add_text(Item::Kind kind, std::string_view text, const std::vector<TokenLogprob>& tokens);
     void add_call(const Item& item);
 
@@ -413,12 +419,13 @@ private:
     std::optional<size_t> message_ = {};  // that is begun
 };
 
-void ChatEvents::add_delta(Json delta, Json logprobs, Json finish_reason) {
+void ChatEvents::add_delta(Json delta, Json logprobs, const Outcome* ended) {
     Json choice = Json::object()
                       .set("index", 0)
                       .set("delta", std::move(delta))
                       .set("logprobs", std::move(logprobs))
-                      .set("finish_reason", std::move(finish_reason));
+                      .set("finish_reason", nullptr);
+    if (ended) set_chat_end(choice, *ended, dialect_);
     Json chunk = head_;
     chunk.set("choices", Json::array().push(std::move(choice)));
     if (include_usage_) chunk.set("usage", nullptr);
@@ -471,7 +478,7 @@ void ChatEvents::end(const Outcome& outcome, const std::string&) {
     for (size_t i = told_; i < items.size(); ++i)
         if (items[i].is_call()) add_call(items[i]);
         else add_text(items[i].kind, items[i].text(), logprobs_of(outcome, i));
-    add_delta(Json::object(), nullptr, chat_finish(outcome, dialect_));
+    add_delta(Json::object(), nullptr, &outcome);
     if (include_usage_) {
         Json chunk = head_;
         chunk.set("choices", Json::array());

@@ -221,10 +221,12 @@ Outcome outcome_of(const Json& object) {
     outcome.usage = {
         count(usage["input_tokens"]), count(usage["input_tokens_details"]["cached_tokens"]),
         count(usage["output_tokens"]), count(usage["output_tokens_details"]["reasoning_tokens"])};
-    if (const Json& error = object["error"]; error.is_object())
-        outcome.error = make_error(ErrorKind::unsupported,
-                                   std::string(error["message"].as_string()),
-                                   std::string(error["code"].as_string()));
+    if (const Json& error = object["error"]; error.is_object()) {
+        const std::string_view code = error["code"].as_string();
+        outcome.error = make_error(
+            code == upstream_error_code ? ErrorKind::closed : ErrorKind::unsupported,
+            error["message"].as_string(), code);
+    }
     for (const Json& item : object["output"].items())
         if (auto read = read_item(item, "output")) outcome.items.push_back(std::move(*read));
     return outcome;

@@ -49,12 +49,15 @@ constexpr ApiKind api_kinds[] = {
     // clang-format on
 };
 
-/// Codes of invalid_request for which HTTP has a status of its own.
+/// Codes for which HTTP has a status of its own.
 struct ApiCode {
+    ErrorKind kind;
     std::string_view code;
     int status;
 };
-constexpr ApiCode api_codes[] = {{"method_not_allowed", 405}, {"unsupported_media_type", 415}};
+constexpr ApiCode api_codes[] = {{ErrorKind::invalid_request, "method_not_allowed", 405},
+                                 {ErrorKind::invalid_request, "unsupported_media_type", 415},
+                                 {ErrorKind::closed, upstream_error_code, 502}};
 
 const ApiKind& api_kind(ErrorKind kind) {
     for (const ApiKind& row : api_kinds)
@@ -400,9 +403,8 @@ Json doc_error() {
 }
 
 int http_status(const Error& error) {
-    if (error.kind == ErrorKind::invalid_request)
-        for (const ApiCode& row : api_codes)
-            if (row.code == error.code) return row.status;
+    for (const ApiCode& row : api_codes)
+        if (row.kind == error.kind && row.code == error.code) return row.status;
     return api_kind(error.kind).status;
 }
 

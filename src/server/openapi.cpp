@@ -51,6 +51,7 @@ constexpr DocStatus doc_statuses[] = {
     {431, DocScope::all, "The header fields are too long, or too many."},
     {500, DocScope::all, "Our own fault."},
     {501, DocScope::all, "A transfer coding other than chunked."},
+    {502, DocScope::body, "The server failed that the model is asked of."},
     {503, DocScope::all, "There is no room for it now, or no model is ready."},
     {504, DocScope::waits, "The response was not finished in time; it goes on."},
     {505, DocScope::all, "Only HTTP/1.1 and HTTP/1.0 are spoken."},

@@ -586,7 +586,10 @@ void ServerLoop::finish_work(FinishJob& job) {
         if (const auto object = Json::parse(*job.stored.object))
             for (const Json& item : (*object)["output"].items()) job.said.push_back(item);
     }
-    if (job.form.surface) job.answer = render_answer(job.form, *job.stored.object, options.dialect);
+    if (!job.form.surface) return;
+    if (record.status == Status::completed)
+        job.answer = render_answer(job.form, *job.stored.object, options.dialect);
+    else job.answer = surface_failure(outcome);  // the object says less in the openai dialect
 }
 
 void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
