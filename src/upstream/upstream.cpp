@@ -164,8 +164,8 @@ bool upstream_blames_request(int status) { return status == 400 || status == 413
 struct UpstreamLoop : Responder, HttpCaller {
     explicit UpstreamLoop(const UpstreamOptions& given, Poller made)
         : options(given), poller(std::move(made)), client(&poller) {}
-    ~UpstreamLoop() override;
     Result<void> start();
+    void stop();
 
     std::vector<ModelInfo> models() const override;
     Result<std::unique_ptr<Prepared>> prepare(const Request& request) override;
@@ -334,7 +334,8 @@ Result<void> UpstreamLoop::start() {
     return {};
 }
 
-UpstreamLoop::~UpstreamLoop() {
+/// Before the destructor of any class: the thread calls virtual functions.
+void UpstreamLoop::stop() {
     ending = true;
     poller.wake();
     if (thread.joinable()) thread.join();
@@ -671,8 +672,9 @@ void UpstreamLoop::end(const UpstreamTaskPtr& task, Outcome outcome, std::vector
 namespace valar {
 inline namespace v1 {
 
-struct Upstream::State : detail::UpstreamLoop {
+struct Upstream::State final : detail::UpstreamLoop {
     using UpstreamLoop::UpstreamLoop;
+    ~State() override { stop(); }
 };
 
 Result<Upstream> Upstream::open(const UpstreamOptions& options) {
