@@ -8861,7 +8861,7 @@ struct DialectWords {
     const char* cut_item;  // and of its message
     bool echo;             // `input` and `user`
     bool usage_extras;
-    const char* failure;  // the code of a failed response; null: the error's own
+    const char* failure;  // the code of a failed response that is not told; null: the error's own
 };
 
 const DialectWords& words_of(Dialect dialect);
@@ -8888,6 +8888,7 @@ Json render_logprobs(const std::vector<TokenLogprob>& tokens);
 Json render_usage(const Usage& usage, const DialectWords& words);
 /// `error` of a failed response: {code,message}, or null.
 Json render_failure(const Outcome& outcome, const DialectWords& words);
+bool failure_is_told(std::string_view code);
 /// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
 /// in their long form, those without an id with one made of `response_id` and their place.
 std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
@@ -10967,12 +10968,18 @@ Json render_tools(const Json& given) {
 
 }  // namespace
 
+/// Codes that say what failed to who asked; of others a client is told no more than that it failed.
+bool failure_is_told(std::string_view code) {
+    return code == upstream_error_code || code == "invalid_value" ||
+           code == "context_length_exceeded";
+}
+
 Json render_failure(const Outcome& outcome, const DialectWords& words) {
     if (!outcome.error) return nullptr;
     const ApiKind& kind = api_kind(outcome.error->kind);
     const std::string own = outcome.error->code.empty() ? kind.code : outcome.error->code;
     return Json::object()
-        .set("code", words.failure ? words.failure : own)
+        .set("code", words.failure && !failure_is_told(own) ? words.failure : own)
         .set("message", api_shows(kind, *outcome.error) ? outcome.error->message
                                                         : "the model could not be run");
 }
@@ -11485,9 +11492,7 @@ Error surface_error(const Surface& surface, Error error, const SurfaceBody& read
 Error surface_failure(const Outcome& outcome) {
     if (outcome.status == Status::cancelled)
         return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
-    // What another server says, or that it failed, is for clients to know.
-    for (const char* code : {upstream_error_code, "invalid_value", "context_length_exceeded"})
-        if (outcome.error && outcome.error->code == code) return *outcome.error;
+    if (outcome.error && failure_is_told(outcome.error->code)) return *outcome.error;
     return make_error(ErrorKind::internal, "the model could not be run", "internal_error");
 }
 
@@ -54289,10 +54294,7 @@ void ServerLoop::finish_work(FinishJob& job) {
         if (const auto object = Json::parse(*job.stored.object))
             for (const Json& item : (*object)["output"].items()) job.said.push_back(item);
     }
-    if (!job.form.surface) return;
-    if (record.status == Status::completed)
-        job.answer = render_answer(job.form, *job.stored.object, options.dialect);
-    else job.answer = surface_failure(outcome);  // the object says less in the openai dialect
+    if (job.form.surface) job.answer = render_answer(job.form, *job.stored.object, options.dialect);
 }
 
 void ServerLoop::finish_keep(JobPtr<FinishJob> job) {

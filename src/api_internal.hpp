@@ -189,7 +189,7 @@ struct DialectWords {
     const char* cut_item;  // and of its message
     bool echo;             // `input` and `user`
     bool usage_extras;
-    const char* failure;  // the code of a failed response; null: the error's own
+    const char* failure;  // the code of a failed response that is not told; null: the error's own
 };
 
 const DialectWords& words_of(Dialect dialect);
@@ -216,6 +216,7 @@ Json render_logprobs(const std::vector<TokenLogprob>& tokens);
 Json render_usage(const Usage& usage, const DialectWords& words);
 /// `error` of a failed response: {code,message}, or null.
 Json render_failure(const Outcome& outcome, const DialectWords& words);
+bool failure_is_told(std::string_view code);
 /// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
 /// in their long form, those without an id with one made of `response_id` and their place.
 std::vector<Json> render_input_items(const Json& request, const std::string& response_id);

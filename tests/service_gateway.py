@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 gateway, fake = sys.argv[1:3]
@@ -179,7 +180,7 @@ def check_killed():
         assert names.count("response.failed") == 1 and names[-1] == "response.completed", names
         # The first went to the slow one: both were idle then, and it stands first.
         _, record = through.call("GET", f"/v1/responses/{failed}")
-        assert record["status"] == "failed" and "model's server failed" in record["error"]["message"], record
+        assert record["status"] == "failed" and record["error"]["code"] == "upstream_error", record
         for _ in range(10):
             status, body = through.call("POST", "/v1/responses", {"model": "fake", "input": "on"})
             assert status == 200 and body["status"] == "completed", body
@@ -193,6 +194,21 @@ def check_killed():
             wait_for(lambda: through.call("POST", "/v1/responses", {"model": "fake", "input": "x"})[0] == 200,
                      "that one is back")
         print("killed in the middle: upstream_error, the other one goes on; none: told, until one is back")
+
+
+def check_repeated():
+    """What failed is told once more under its key, as it was the first time."""
+    for dialect in ("openai", "valar"):
+        for path, question in (("/v1/chat/completions", {}), ("/v1/messages", {"max_tokens": 50})):
+            with server(pace_ms=60) as slow, front(slow, dialect=dialect) as through:
+                ask = {"model": "fake", "messages": [{"role": "user", "content": "word " * 100}]} | question
+                threading.Timer(0.3, slow.process.kill).start()
+                first, second = (through.call("POST", path, ask, **{"Idempotency-Key": "k"}) for _ in range(2))
+                for one in (first, second):
+                    one[1].pop("request_id", None)
+                assert first == second and first[0] == 502, (dialect, path, first, second)
+                assert first[1]["error"]["code"] == "upstream_error", first
+    print("what failed fails the same way under its key")
 
 
 def check_gone():
@@ -238,5 +254,6 @@ with server() as first, server() as second:
         check_same(first, through)
         check_refused(through)
 check_killed()
+check_repeated()
 check_gone()
 check_durable()

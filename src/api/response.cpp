@@ -282,12 +282,18 @@ Json render_tools(const Json& given) {
 
 }  // namespace
 
+/// Codes that say what failed to who asked; of others a client is told no more than that it failed.
+bool failure_is_told(std::string_view code) {
+    return code == upstream_error_code || code == "invalid_value" ||
+           code == "context_length_exceeded";
+}
+
 Json render_failure(const Outcome& outcome, const DialectWords& words) {
     if (!outcome.error) return nullptr;
     const ApiKind& kind = api_kind(outcome.error->kind);
     const std::string own = outcome.error->code.empty() ? kind.code : outcome.error->code;
     return Json::object()
-        .set("code", words.failure ? words.failure : own)
+        .set("code", words.failure && !failure_is_told(own) ? words.failure : own)
         .set("message", api_shows(kind, *outcome.error) ? outcome.error->message
                                                         : "the model could not be run");
 }

@@ -116,9 +116,7 @@ Error surface_error(const Surface& surface, Error error, const SurfaceBody& read
 Error surface_failure(const Outcome& outcome) {
     if (outcome.status == Status::cancelled)
         return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
-    // What another server says, or that it failed, is for clients to know.
-    for (const char* code : {upstream_error_code, "invalid_value", "context_length_exceeded"})
-        if (outcome.error && outcome.error->code == code) return *outcome.error;
+    if (outcome.error && failure_is_told(outcome.error->code)) return *outcome.error;
     return make_error(ErrorKind::internal, "the model could not be run", "internal_error");
 }
 

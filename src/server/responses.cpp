@@ -586,10 +586,7 @@ void ServerLoop::finish_work(FinishJob& job) {
         if (const auto object = Json::parse(*job.stored.object))
             for (const Json& item : (*object)["output"].items()) job.said.push_back(item);
     }
-    if (!job.form.surface) return;
-    if (record.status == Status::completed)
-        job.answer = render_answer(job.form, *job.stored.object, options.dialect);
-    else job.answer = surface_failure(outcome);  // the object says less in the openai dialect
+    if (job.form.surface) job.answer = render_answer(job.form, *job.stored.object, options.dialect);
 }
 
 void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
