@@ -10,6 +10,7 @@
 
 #include "http/client.hpp"
 #include "http/sse.hpp"
+#include "http_receiver.hpp"
 
 using namespace valar;
 using namespace valar::detail;
@@ -338,55 +339,6 @@ TEST_CASE("names are resolved by the system") {
 // -- calls ------------------------------------------------------------------------------------
 
 namespace {
-
-/// Answers every connection with the bytes given once a head is read, and then closes it, or, where
-/// `ends` is not set, keeps it.
-class Receiver {
-public:
-    explicit Receiver(std::string answer, bool ends = true)
-        : listener_(*Socket::listen(*NetAddress::parse("127.0.0.1", 0), 64)),
-          port(listener_.local()->port),
-          thread_([this, answer, ends] { run(answer, ends); }) {}
-    ~Receiver() {
-        over_ = true;
-        thread_.join();
-    }
-
-private:
-    void run(const std::string& answer, bool ends) {
-        std::vector<std::pair<Socket, std::string>> open;
-        while (!over_) {
-            std::pair<Socket, std::string> next;
-            NetAddress peer;
-            if (listener_.accept(&next.first, &peer) == IoStatus::done) {
-                ++connections;
-                open.push_back(std::move(next));
-            }
-            for (auto& [socket, read] : open) {
-                char bytes[4096];
-                const IoResult got = socket.is_open() ? socket.read(bytes, sizeof bytes)
-                                                      : IoResult();
-                if (got.status == IoStatus::closed) socket.close();
-                if (got.status != IoStatus::done) continue;
-                read.append(bytes, got.bytes);
-                if (read.find("\r\n\r\n") == read.npos) continue;
-                read.clear();
-                (void)socket.write(answer);
-                if (ends) socket.close();
-            }
-            std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        }
-    }
-    std::atomic<bool> over_ = false;
-    Socket listener_;
-
-public:
-    std::atomic<int> connections = 0;
-    const uint16_t port;
-
-private:
-    std::thread thread_;
-};
 
 std::atomic<int> resolved = 0;
 

@@ -13,6 +13,7 @@
 #include "fake_responder.hpp"
 #include "http/internal.hpp"
 #include "http_peer.hpp"
+#include "http_receiver.hpp"
 #include "server/server.hpp"
 #include "upstream/answer.hpp"
 #include "upstream/upstream.hpp"
@@ -115,57 +116,14 @@ bool soon(const Condition& condition) {
     return false;
 }
 
-/// Lists one model, and answers each POST with the bytes given; then it closes, or falls silent.
-class Hostile {
-public:
-    explicit Hostile(std::string answer, bool ends = true, std::string list = {})
-        : listener_(*detail::Socket::listen(*detail::NetAddress::parse("127.0.0.1", 0), 64)),
-          port(listener_.local()->port) {
-        if (list.empty()) list = R"({"data":[{"id":"m","owned_by":"vllm"}]})";
-        list = "HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(list.size()) + "\r\n\r\n" +
-               list;
-        thread_ = std::thread([this, answer, ends, list] { run(answer, ends, list); });
-    }
-    ~Hostile() {
-        over_ = true;
-        thread_.join();
-    }
-    std::atomic<int> posts = 0;
-
-private:
-    void run(const std::string& answer, bool ends, const std::string& list) {
-        using namespace detail;
-        std::vector<std::pair<Socket, std::string>> open;
-        while (!over_) {
-            std::pair<Socket, std::string> next;
-            NetAddress peer;
-            if (listener_.accept(&next.first, &peer) == IoStatus::done)
-                open.push_back(std::move(next));
-            for (auto& [socket, read] : open) {
-                char bytes[4096];
-                const IoResult got = socket.is_open() ? socket.read(bytes, sizeof bytes)
-                                                      : IoResult();
-                if (got.status == IoStatus::closed) socket.close();
-                if (got.status != IoStatus::done) continue;
-                read.append(bytes, got.bytes);
-                if (read.find("\r\n\r\n") == read.npos) continue;
-                const bool post = read.starts_with("POST");
-                read.clear();
-                posts += post;
-                (void)socket.write(post ? answer : list);
-                if (ends || !post) socket.close();
-            }
-            nap();
-        }
-    }
-    std::atomic<bool> over_ = false;
-    detail::Socket listener_;
-
-public:
-    const uint16_t port;
-
-private:
-    std::thread thread_;
+/// Lists one model, or what it is given, and answers each POST with the bytes; then it closes, or falls
+/// silent.
+struct Hostile : Receiver {
+    explicit Hostile(std::string answer, bool ends = true,
+                     const std::string& list = R"({"data":[{"id":"m","owned_by":"vllm"}]})")
+        : Receiver(std::move(answer), ends,
+                   "HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(list.size()) +
+                       "\r\n\r\n" + list) {}
 };
 
 std::string streamed(const std::string& events) {
