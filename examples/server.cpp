@@ -117,7 +117,7 @@ void add_engine_flags(example::Flags& flags, Settings& settings) {
 
 void add_question_flags(example::Flags& flags, Question& question) {
     flags.add("ask", "TEXT", &question.text,
-              "post this to itself (at any free port), print the response, end");
+              "post this to itself, print the response, end; without --port at any free one");
     flags.add("instructions", "TEXT", &question.instructions, "with --ask: the system message");
     flags.add("temperature", "T", &question.temperature, "with --ask: 0 (greedy) to 2")
         .within(0, 2);
