@@ -48346,6 +48346,7 @@ struct UpstreamLoop : Responder, HttpCaller {
 
     std::unordered_map<uint64_t, UpstreamTaskPtr> calls;
     std::multimap<uint64_t, UpstreamTaskPtr> waiting;  // by when they should be sent
+    std::vector<std::string> awaited;                  // ids with events, told before the next wait
 
     mutable std::mutex mutex;             // guards what follows
     std::vector<UpstreamServer> servers;  // changed by the thread that asks alone
@@ -48493,6 +48494,9 @@ void UpstreamLoop::run() {
         send_waiting();
         client.step(http_now_ms());
         next = std::min(next, client.deadline());
+        // All at once: who listens wakes once for the tokens of a server's step.
+        for (const std::string& id : awaited) announcer.call(id);
+        awaited.clear();
         const uint64_t left = next - std::min(next, http_now_ms());
         // Without a poller nothing can be heard; the calls end by their times.
         if (auto waited = poller.wait(static_cast<int>(std::min<uint64_t>(left, 60'000)), &events);
@@ -48765,7 +48769,7 @@ void UpstreamLoop::push(UpstreamTask& task, std::vector<Event> events) {
         }
         announce = std::exchange(task.hungry, false);
     }
-    if (announce) announcer.call(task.id);
+    if (announce) awaited.push_back(task.id);
 }
 
 void UpstreamLoop::end(const UpstreamTaskPtr& task, Status status, Error error) {
